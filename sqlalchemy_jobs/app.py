@@ -1,0 +1,268 @@
+"""JobApp: which handler handles which kind, and where sessions come from."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    Protocol,
+    TypeAlias,
+    TypeGuard,
+    TypeVar,
+    Unpack,
+    overload,
+)
+
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from sqlalchemy_jobs.errors import DeclarationError, DuplicateHandler, DuplicateKind
+from sqlalchemy_jobs.outcomes import Cancel, Snooze
+from sqlalchemy_jobs.payloads import (
+    Attrs,
+    Dataclass,
+    Declaration,
+    PayloadT,
+    Struct,
+    declaration_of,
+)
+from sqlalchemy_jobs.runs import Run
+
+if TYPE_CHECKING:
+    # Needs greenlet, which an application without async code does not have.
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+    from sqlalchemy_jobs.worker import Options, Worker
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+Result: TypeAlias = "Json | Dataclass | Attrs | Struct | Snooze | Cancel"
+"""What a handler may return. Bound, not open: else an async function would pass for a sync one."""
+
+ResultT = TypeVar("ResultT", bound=Result)
+SyncT = TypeVar("SyncT", bound=Session)
+AsyncT = TypeVar("AsyncT", bound="AsyncSession")
+_S = TypeVar("_S")
+_A = TypeVar("_A")
+_P = TypeVar("_P")
+
+SyncSessions: TypeAlias = sessionmaker[Any] | scoped_session[Any]
+AsyncSessions: TypeAlias = "async_sessionmaker[Any]"
+Transaction: TypeAlias = Literal["wrapped", "manual"]
+Middleware: TypeAlias = Callable[[Run], AbstractContextManager[object]]
+
+
+class NoSessions:
+    """The colour that has no session factory; no handler takes it."""
+
+
+class _Decorator(Protocol[_S, _A, _P]):
+    # Sync first: mypy reports a mistake against the first.
+    @overload
+    def __call__(self, handler: Callable[[_S, _P], ResultT], /) -> Callable[[_S, _P], ResultT]: ...
+    @overload
+    def __call__(
+        self, handler: Callable[[_A, _P], Coroutine[Any, Any, ResultT]], /
+    ) -> Callable[[_A, _P], Coroutine[Any, Any, ResultT]]: ...
+
+
+@dataclass(frozen=True)
+class Handler:
+    """A function and the payload class whose jobs it handles."""
+
+    function: Callable[[Any, Any], Any]
+    payload: type[Any]
+    declaration: Declaration
+    transaction: Transaction
+
+    @property
+    def is_async(self) -> bool:
+        return _is_async(self.function)
+
+    @property
+    def name(self) -> str:
+        module = getattr(self.function, "__module__", "?")
+        return f"{module}.{getattr(self.function, '__qualname__', self.function)}"
+
+
+class Handlers(Generic[_S, _A]):
+    """Handlers without sessions, for modules that cannot import the app: ``JobApp.include`` takes them.
+
+    ``Handlers[Session, AsyncSession]()`` accepts sync and async handlers.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, Handler] = {}
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        """The handlers by kind, aliases included."""
+        return MappingProxyType(self._handlers)
+
+    def handler(
+        self, payload: type[PayloadT], /, *, transaction: Transaction = "wrapped"
+    ) -> _Decorator[_S, _A, PayloadT]:
+        """Register the function below as the handler of a payload class; return it unchanged.
+
+        The handler is called as ``handler(session, payload)``, with a session of its own. Return
+        commits what it wrote together with the job's new state, raise rolls it back. Returned: None or a
+        JSON-able result (kept in ``Job.result``), ``Snooze``, ``Cancel``. Raised: ``Retry``,
+        ``Fail``, or any exception, which is retried with backoff.
+
+        ``transaction="wrapped"``: the handler must not end its transaction; savepoints are free. It
+        may be run again when its transaction lost against another one.
+        ``transaction="manual"``: for handlers that work for long outside the database. It may commit as
+        often as it likes; each commit is refused once the job belongs to another run. What it
+        committed before a crash stays, and the job runs again: at least once.
+
+        Raises: DeclarationError, DuplicateHandler, DuplicateKind.
+        """
+        declaration = declaration_of(payload)
+        if transaction not in ("wrapped", "manual"):
+            raise DeclarationError(f'transaction={transaction!r}: wanted "wrapped" or "manual"')
+
+        def register(function: Any) -> Any:
+            _check_signature(function, payload)
+            handler = Handler(function, payload, declaration, transaction)
+            for kind in (declaration.kind, *declaration.aliases):
+                self._add(kind, handler)
+            return function
+
+        return register
+
+    def _add(self, kind: str, handler: Handler) -> None:
+        other = self._handlers.setdefault(kind, handler)
+        if other.payload is not handler.payload:
+            raise DuplicateKind(
+                f'kind "{kind}" belongs to {_name(other.payload)} and to {_name(handler.payload)}: '
+                "a kind names one payload class; choose another for one of them"
+            )
+        if other.function is not handler.function:
+            raise DuplicateHandler(
+                f'kind "{kind}" has the handler {other.name} already: {handler.name} cannot handle it too'
+            )
+
+
+class JobApp(Handlers[_S, _A]):
+    """The handlers of an application and its session factories; what ``sajobs worker --app`` names.
+
+    ``JobApp(sessions)``, ``JobApp(async_sessions)`` or ``JobApp(sessions, async_sessions)``: a
+    ``sessionmaker`` or ``scoped_session`` for ``def`` handlers, an ``async_sessionmaker`` for ``async def``
+    ones. ``context`` is called for each run and returns a context manager to work in, for example
+    Flask's ``app.app_context``; it is left normally whatever the handler raised. Apps share nothing: several may live in one process.
+    """
+
+    @overload
+    def __init__(
+        self: JobApp[SyncT, NoSessions],
+        sessions: sessionmaker[SyncT] | scoped_session[SyncT],
+        /,
+        *,
+        context: Callable[[], AbstractContextManager[object]] = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: JobApp[NoSessions, AsyncT],
+        sessions: async_sessionmaker[AsyncT],
+        /,
+        *,
+        context: Callable[[], AbstractContextManager[object]] = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: JobApp[SyncT, AsyncT],
+        sessions: sessionmaker[SyncT] | scoped_session[SyncT],
+        async_sessions: async_sessionmaker[AsyncT],
+        /,
+        *,
+        context: Callable[[], AbstractContextManager[object]] = ...,
+    ) -> None: ...
+    def __init__(
+        self, *sessions: Any, context: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        super().__init__()
+        self.sessions: SyncSessions | None = None
+        self.async_sessions: AsyncSessions | None = None
+        self.context = context
+        self.middlewares: list[Middleware] = []
+        for factory in sessions:
+            if isinstance(factory, (sessionmaker, scoped_session)) and self.sessions is None:
+                self.sessions = factory
+            elif _is_async_sessionmaker(factory) and self.async_sessions is None:
+                self.async_sessions = factory
+            else:
+                raise DeclarationError(
+                    f"JobApp was given {factory!r}: it takes a sessionmaker (or scoped_session), an "
+                    "async_sessionmaker, or one of each; for an engine write JobApp(sessionmaker(engine))"
+                )
+        if not sessions:
+            raise DeclarationError("JobApp needs a sessionmaker, an async_sessionmaker, or both")
+
+    def include(self, other: Handlers[Any, Any], /) -> None:
+        """Take over the handlers that ``other`` has now.
+
+        Raises: DuplicateHandler, DuplicateKind.
+        """
+        for kind, handler in other.handlers.items():
+            self._add(kind, handler)
+
+    def middleware(self, function: Middleware, /) -> Middleware:
+        """Register a context manager to be entered around each handler's call, sync or async.
+
+        It is called with the Run, and sees what the handler raises. The transaction is open around it:
+        it ends after the last middleware. The first registered is the outermost.
+        """
+        self.middlewares.append(function)
+        return function
+
+    def worker(self, **options: Unpack[Options]) -> Worker:
+        """Return a worker to run inside this process: ``with`` in sync code, ``async with`` on a loop.
+
+        ``with jobs.worker():`` works in background threads until the block ends; ``async with`` runs
+        ``async def`` handlers on the running loop. No signal handler is installed. Start it in the process
+        that is to do the work (after a fork, in a lifespan), never at import.
+
+        The options are the fields of ``sqlalchemy_jobs.worker.Settings``. Raises: ConfigurationError.
+        """
+        from sqlalchemy_jobs.worker import Worker  # the worker imports this module
+
+        return Worker(self, **options)
+
+
+def _is_async_sessionmaker(factory: object) -> TypeGuard[AsyncSessions]:
+    asyncio = sys.modules.get("sqlalchemy.ext.asyncio")
+    return asyncio is not None and isinstance(factory, asyncio.async_sessionmaker)
+
+
+def _check_signature(function: Any, payload: type) -> None:
+    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+        raise DeclarationError(
+            f"{_name(function)} is a generator: a handler returns, it does not yield"
+        )
+    try:
+        inspect.signature(function).bind(object(), object())
+    except TypeError as error:
+        raise DeclarationError(
+            f"{_name(function)} cannot be called as handler(session, payload): {error}. Write "
+            f"def {getattr(function, '__name__', 'handler')}(session: Session, payload: {payload.__name__})"
+        ) from None
+
+
+def _is_async(function: Any) -> bool:
+    # An object with an async __call__ counts too.
+    call = getattr(type(function), "__call__", None)  # noqa: B004 (not asking whether it is callable)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def _name(thing: Any) -> str:
+    return (
+        f"{thing.__module__}.{thing.__qualname__}"
+        if hasattr(thing, "__qualname__")
+        else repr(thing)
+    )

@@ -1,0 +1,55 @@
+"""What a claim asks for, and what comes out of it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Lane: TypeAlias = tuple[str, int]
+"""A queue and a priority: jobs of one lane are claimed by time."""
+
+
+ALONE_FROM = 2
+"""From so many crashes on a job runs alone in its worker: it takes no neighbours along any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which jobs a worker would take now."""
+
+    worker_id: uuid.UUID
+    kinds: Sequence[str]
+    """The kinds that it has handlers for; no other job is ever claimed."""
+    lanes: Sequence[Lane]
+    """Where ready jobs were seen; within a queue the better priority first."""
+    room: Mapping[str, int]
+    """How many jobs of each queue; the order of the queues decides when ``total`` is less."""
+    total: int
+    """How many jobs in all."""
+    suspects: bool = False
+    """Whether to take jobs that must run alone (``ALONE_FROM``), and only those."""
+    never_alone: Sequence[str] = ()
+    """Kinds whose jobs need not run alone: after a crash they are failed, and not run."""
+    durable: bool = False
+    """Whether the claim must survive a crash of the server: it is what a later run is warned by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job as it was claimed for one run, and the proof of owning it. Crosses threads freely.
+
+    (job_id, attempt, worker_id) names one run for ever.
+    """
+
+    job_id: uuid.UUID
+    attempt: int
+    worker_id: uuid.UUID
+    kind: str = ""
+    queue: str = ""
+    payload: Any = None
+    failures: int = 0
+    max_attempts: int = 0
+    headers: Mapping[str, str] | None = None
+    crashes: int = 0

@@ -1,0 +1,178 @@
+"""``sajobs worker``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from datetime import timedelta
+from typing import Any
+
+import click
+
+from sqlalchemy_jobs.cli.config import CONTEXT, Configured, Refused
+from sqlalchemy_jobs.cli.loading import load_app
+from sqlalchemy_jobs.errors import ConfigurationError
+
+
+def queue(value: str) -> tuple[str, int | None]:
+    """Read ``NAME`` or ``NAME=N``."""
+    name, equals, most = value.partition("=")
+    if not equals:
+        return name, None
+    if not most.isdecimal() or int(most) < 1:
+        raise click.BadParameter(f"{value}: wanted NAME=N with N 1 or more, for example mail=2")
+    return name, int(most)
+
+
+def days(value: str) -> timedelta | None:
+    """Read a number of days, or ``off``."""
+    if value == "off":
+        return None
+    try:
+        return timedelta(days=float(value))
+    except (ValueError, OverflowError):
+        raise click.BadParameter(
+            f"{value}: wanted a number of days, for example 0.5, or off"
+        ) from None
+
+
+def seconds(minimum: float, *, open_: bool = False) -> dict[str, Any]:
+    """An option that takes seconds and passes a timedelta on."""
+    return {
+        "type": click.FloatRange(min=minimum, min_open=open_),
+        "callback": lambda context, parameter, value: timedelta(seconds=value),
+        "metavar": "S",
+        "show_default": True,
+    }
+
+
+@click.command(cls=Configured, context_settings=CONTEXT)
+@click.option(
+    "--app",
+    "name",
+    required=True,
+    envvar="SAJOBS_APP",
+    metavar="MODULE:NAME",
+    help="Where the JobApp is, for example shop.jobs:jobs.",
+)
+@click.option(
+    "--import",
+    "modules",
+    multiple=True,
+    envvar="SAJOBS_IMPORT",
+    metavar="MODULE",
+    help="A further module to import, for the handlers it registers. May be repeated.",
+)
+@click.option(
+    "--queue",
+    "queues",
+    multiple=True,
+    type=queue,
+    envvar="SAJOBS_QUEUE",
+    metavar="NAME[=N]",
+    help="A queue to serve, with at most N runs of its own at once. May be repeated; without it all "
+    "queues are served.",
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    envvar="SAJOBS_CONCURRENCY",
+    metavar="N",
+    help="How many runs at once. Default: the sum of the queues' N when each has one, else 10; 1 on SQLite.",
+)
+@click.option(
+    "--poll-interval",
+    default=1.0,
+    envvar="SAJOBS_POLL_INTERVAL",
+    help="How many seconds an idle worker waits at most.",
+    **seconds(0, open_=True),
+)
+@click.option(
+    "--lease",
+    default=30.0,
+    envvar="SAJOBS_LEASE",
+    help="For how many seconds the worker is believed alive without renewing; then its jobs are brought back.",
+    **seconds(1),
+)
+@click.option(
+    "--shutdown-timeout",
+    default=30.0,
+    envvar="SAJOBS_SHUTDOWN_TIMEOUT",
+    help="How many seconds runs may go on once the worker is told to stop; then they are released.",
+    **seconds(0),
+)
+@click.option(
+    "--keep",
+    default="1",
+    type=days,
+    envvar="SAJOBS_KEEP",
+    metavar="DAYS",
+    show_default=True,
+    help="How many days jobs that succeeded or were cancelled are kept, unless their @job says it; off: for ever.",
+)
+@click.option(
+    "--keep-failed",
+    default="14",
+    type=days,
+    envvar="SAJOBS_KEEP_FAILED",
+    metavar="DAYS",
+    show_default=True,
+    help="The same for jobs that failed.",
+)
+@click.option(
+    "--drain",
+    is_flag=True,
+    envvar="SAJOBS_DRAIN",
+    help="Stop when no job is due and none is running, here or in another worker.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    envvar="SAJOBS_LOG_LEVEL",
+)
+def worker(
+    name: str,
+    modules: tuple[str, ...],
+    queues: tuple[tuple[str, int | None], ...],
+    concurrency: int | None,
+    poll_interval: timedelta,
+    lease: timedelta,
+    shutdown_timeout: timedelta,
+    keep: timedelta | None,
+    keep_failed: timedelta | None,
+    drain: bool,
+    log_level: str,
+) -> None:
+    """Run jobs until told to stop.
+
+    The first SIGINT or SIGTERM: claim nothing more and let the runs finish. The second: release them at
+    once. Exit status: 0 when every run came to its end, 1 when some were released, 2 when the worker
+    cannot start like this.
+    """
+    from sqlalchemy_jobs.worker import Worker  # after the options are parsed: --help is quick
+
+    logging.basicConfig(
+        level=log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    try:
+        made = Worker(
+            load_app(name, modules),
+            queues=dict(queues),
+            concurrency=concurrency,
+            poll_interval=poll_interval,
+            lease=lease,
+            shutdown_timeout=shutdown_timeout,
+            keep=keep,
+            keep_failed=keep_failed,
+            drain=drain,
+        )
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda number, frame: made.stop())
+        every_run_ended = made.run()
+    except ConfigurationError as error:
+        raise Refused(error) from error
+    raise SystemExit(0 if every_run_ended else 1)

@@ -1,0 +1,326 @@
+"""The statements as SQLAlchemy says them for every database; each dialect overrides what it must."""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
+from functools import cached_property
+from typing import Any, ClassVar, TypeAlias
+
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Connection,
+    Executable,
+    Integer,
+    TableClause,
+    and_,
+    bindparam,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Lane, Wanted
+from sqlalchemy_jobs.columns import server_now
+from sqlalchemy_jobs.errors import UnsupportedServer
+from sqlalchemy_jobs.states import JobState, WorkerState
+from sqlalchemy_jobs.tables import IS_READY, TO_JOB, jobs, slot_in, workers
+
+MIGRATION_WAIT = 60
+"""Seconds for which a migration waits for another one."""
+
+Transaction: TypeAlias = Callable[[Callable[[Session], Any]], Any]
+
+CLAIMED = (
+    jobs.c.id,
+    jobs.c.attempt,
+    jobs.c.kind,
+    jobs.c.queue,
+    jobs.c.payload,
+    jobs.c.failures,
+    jobs.c.max_attempts,
+    jobs.c.headers,
+    jobs.c.crashes,
+)
+
+_NEVER_ALONE: BindParameter[Any] = bindparam("never_alone", expanding=True)
+_ALIVE = (
+    select(workers.c.id)
+    .where(workers.c.id == bindparam("worker_id"), workers.c.state == WorkerState.ALIVE.value)
+    .with_for_update(read=True, key_share=True)
+)
+_TAKE = (
+    update(jobs)
+    .where(jobs.c.id.in_(bindparam("ids", expanding=True)))
+    .values(
+        state=JobState.RUNNING.value,
+        attempt=jobs.c.attempt + 1,
+        worker_id=bindparam("by_worker"),
+        unique_slot=slot_in(JobState.RUNNING),
+        started_at=server_now(),
+    )
+)
+
+
+class SessionLocks(ABC):
+    """Locks that belong to a session of the server, which frees them when the session's client is gone."""
+
+    limits: ClassVar[Executable]
+    """Ends the session after ``seconds`` without a statement, or when its client does not answer."""
+    session: ClassVar[ColumnElement[int]]
+    """The number of the session, as the server says it."""
+    server_start: ClassVar[ColumnElement[datetime]]
+    """When this server was started: its locks of before are gone."""
+    is_free: ClassVar[ColumnElement[bool]]
+    """Whether nobody holds the lock of a worker, by its row."""
+
+    @abstractmethod
+    def session_of(self, driver: Any) -> int | None:
+        """Return the number of the session as the driver was told when it connected; None: it does not say."""
+
+    @abstractmethod
+    def take(self, worker_id: uuid.UUID) -> ColumnElement[bool]:
+        """Take a worker's lock, without waiting for it."""
+
+
+class Dialect(ABC):
+    """One database: the transitions that are written differently, and how its errors read."""
+
+    label: ClassVar[str]
+    oldest: ClassVar[tuple[int, ...]]
+    why_oldest: ClassVar[str]
+    one_writer: ClassVar[bool] = False
+    """Whether a transaction keeps all others from writing: then nobody can take what its worker runs."""
+    stale_reads: ClassVar[bool] = False
+    """Whether a plain SELECT may see less than an INSERT or UPDATE of the same transaction did."""
+    concurrency: ClassVar[int] = 10
+    """How many runs at once, unless the user says otherwise."""
+    session_locks: ClassVar[SessionLocks | None] = None
+    """None: whether a worker lives is known by its lease only."""
+
+    # --- claiming ---------------------------------------------------------------------------------
+
+    def lanes(self, session: Session, queues: Sequence[str]) -> list[Lane]:
+        """Return the lanes of these queues (none given: of all) that have ready jobs.
+
+        By one descent of the index for each. Scanning all priorities in one go would walk past, and on
+        InnoDB lock, every job that is scheduled for later at a better priority.
+        """
+        return [
+            (queue, priority)
+            for queue in queues or self._climb(session, jobs.c.queue)
+            for priority in self._climb(session, jobs.c.priority, jobs.c.queue == queue)
+        ]
+
+    def _climb(self, session: Session, column: Any, *where: Any) -> Iterator[Any]:
+        """Yield the distinct values of the next column of the index, in order."""
+        first = self._by_ready_index(select(column)).where(*where).order_by(column).limit(1)
+        value = session.scalar(first, bind_arguments=TO_JOB)
+        while value is not None:
+            yield value
+            value = session.scalar(first.where(column > value), bind_arguments=TO_JOB)
+
+    def claim(self, session: Session, wanted: Wanted) -> list[Claim]:
+        """Lock the due jobs lane by lane, then update them all."""
+        if not self.lock_live_worker(session, wanted.worker_id):
+            return []
+        rows: list[Any] = []
+        room = dict(wanted.room)
+        for queue, priority in _in_order(wanted):
+            limit = min(room[queue], wanted.total - len(rows))
+            if limit > 0:
+                lane = {"of_queue": queue, "of_priority": priority, "most": limit}
+                due = self._due_suspect if wanted.suspects else self._due
+                kinds = {"kinds": wanted.kinds, "never_alone": wanted.never_alone}
+                found = session.execute(due, lane | kinds, bind_arguments=TO_JOB).all()
+                rows += found
+                room[queue] -= len(found)
+        if not rows:
+            return []
+        ids = sorted(row.id for row in rows)
+        session.execute(_TAKE, {"ids": ids, "by_worker": wanted.worker_id}, bind_arguments=TO_JOB)
+        return [claim_of(row, row.attempt + 1, wanted.worker_id) for row in rows]
+
+    # Statements are made once: making one costs more than executing it.
+
+    @cached_property
+    def _due(self) -> Any:
+        return self._due_where(or_(jobs.c.crashes < ALONE_FROM, jobs.c.kind.in_(_NEVER_ALONE)))
+
+    @cached_property
+    def _due_suspect(self) -> Any:
+        return self._due_where(and_(jobs.c.crashes >= ALONE_FROM, jobs.c.kind.not_in(_NEVER_ALONE)))
+
+    def _due_where(self, condition: Any) -> Any:
+        """Lock and return the due jobs of one lane, the longest due first."""
+        return (
+            self._by_ready_index(select(*CLAIMED))
+            .where(
+                jobs.c.queue == bindparam("of_queue"),
+                jobs.c.priority == bindparam("of_priority"),
+                jobs.c.run_at <= server_now(),
+                jobs.c.kind.in_(bindparam("kinds", expanding=True)),
+                condition,
+            )
+            .order_by(jobs.c.run_at, jobs.c.id)
+            .limit(bindparam("most", type_=Integer))
+            .with_for_update(key_share=True, skip_locked=True)
+        )
+
+    def _by_ready_index(self, statement: Any) -> Any:
+        return statement.where(IS_READY)
+
+    def lock_live_worker(self, session: Session, worker_id: uuid.UUID) -> bool:
+        """Share-lock the worker's row until the transaction ends; False when it is declared dead."""
+        alive = session.execute(_ALIVE, {"worker_id": worker_id}, bind_arguments=TO_JOB)
+        return alive.first() is not None
+
+    # --- completing -------------------------------------------------------------------------------
+
+    def complete_many(
+        self,
+        session: Session,
+        worker_id: uuid.UUID,
+        attempt: int,
+        ids: Sequence[uuid.UUID],
+        *,
+        succeeded: Mapping[str, Any],
+    ) -> Iterable[uuid.UUID]:
+        """Lock what is free and ours, then update just that; returns those ids."""
+        locked = self.lock_owned(session, worker_id, attempt, ids)
+        session.execute(
+            update(jobs).where(jobs.c.id.in_(locked)).values(succeeded), bind_arguments=TO_JOB
+        )
+        return locked
+
+    def lock_owned(
+        self,
+        session: Session,
+        worker_id: uuid.UUID,
+        attempt: int,
+        ids: Sequence[uuid.UUID],
+        *,
+        to_delete: bool = False,
+    ) -> list[uuid.UUID]:
+        """Lock those of the jobs that this worker runs, skipping what someone else holds.
+
+        Ended or deleted, they wait for nobody then. See ``lock_keys``.
+        """
+        locked = session.execute(
+            select(jobs.c.id, jobs.c.unique_slot)
+            .where(jobs.c.id.in_(ids), jobs.c.attempt == attempt, jobs.c.worker_id == worker_id)
+            .order_by(jobs.c.id)
+            .with_for_update(key_share=True, skip_locked=True),
+            bind_arguments=TO_JOB,
+        ).all()
+        keys = [row.id for row in locked if to_delete or row.unique_slot is not None]
+        held = set(keys) - self.lock_keys(session, keys)
+        return [row.id for row in locked if row.id not in held]
+
+    def lock_keys(self, session: Session, ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+        """Lock jobs that are deleted or give up their slot, skipping those that an open transaction refers to.
+
+        Only a foreign key that was checked in that transaction holds such a lock, and only on PostgreSQL one
+        that lets other changes of the row pass: most jobs can be ended while they are referred to.
+        """
+        if not ids:
+            return set()
+        free = select(jobs.c.id).where(jobs.c.id.in_(ids)).order_by(jobs.c.id)
+        locked = session.scalars(free.with_for_update(skip_locked=True), bind_arguments=TO_JOB)
+        return set(locked)
+
+    # --- interrupting -----------------------------------------------------------------------------
+
+    def cancellable(self, connection: Connection) -> Any:
+        """Return what ``cancel_statement`` is to know of a connection: here the driver's own."""
+        return connection.connection.driver_connection
+
+    @abstractmethod
+    def cancel_statement(self, cancellable: Any, transaction: Transaction) -> None:
+        """Cancel what a connection is executing in another thread; may raise, and then it goes on.
+
+        ``transaction`` runs a function of a session on another connection with the same login.
+        """
+
+    # --- migrating --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def migrating_alone(
+        self, connection: Connection, schema: str | None
+    ) -> AbstractContextManager[object]:
+        """Keep every other migration of the tables waiting, at least until the context ends."""
+
+    @abstractmethod
+    def locked(
+        self, connection: Connection, tables: Sequence[TableClause]
+    ) -> AbstractContextManager[object]:
+        """Keep everyone else out of the tables, at least until the context ends."""
+
+    # --- errors and versions ----------------------------------------------------------------------
+
+    def is_conflict(self, error: BaseException) -> bool:
+        """Tell whether the transaction lost against another one and may simply be run again."""
+        return isinstance(error, DBAPIError) and self._is_conflict(error.orig)
+
+    @abstractmethod
+    def _is_conflict(self, error: BaseException | None) -> bool:
+        """Tell it by the driver's own error."""
+
+    def check_server(self, connection: Connection) -> None:
+        """Refuse a server that is too old.
+
+        Raises: UnsupportedServer.
+        """
+        found = connection.dialect.server_version_info or ()
+        self.check_version(tuple(part for part in found if isinstance(part, int)))
+
+    def check_version(self, found: tuple[int, ...]) -> None:
+        """Raises: UnsupportedServer."""
+        if found < self.oldest:
+            raise UnsupportedServer(
+                f"the server is {self.label} {_dotted(found)}: {self.why_oldest} "
+                f"{self.label} {_dotted(self.oldest)} or newer"
+            )
+
+
+def _in_order(wanted: Wanted) -> list[Lane]:
+    """Return the lanes with room, in the order of the queues in ``room``."""
+    order = {queue: number for number, queue in enumerate(wanted.room)}
+    return sorted(
+        (lane for lane in wanted.lanes if lane[0] in order),
+        key=lambda lane: (order[lane[0]], lane[1]),
+    )
+
+
+def claim_of(row: Any, attempt: int, worker_id: uuid.UUID) -> Claim:
+    """Make a Claim of a row of ``CLAIMED`` columns."""
+    return Claim(
+        row.id,
+        attempt,
+        worker_id,
+        row.kind,
+        row.queue,
+        row.payload,
+        row.failures,
+        row.max_attempts,
+        row.headers,
+        row.crashes,
+    )
+
+
+def waited_in_vain(where: str) -> str:
+    """Say that another migration has not ended, and where to look for it."""
+    return (
+        f"another migration of these tables has been at work for {MIGRATION_WAIT} s: see what it waits for ({where}), "
+        "then try again"
+    )
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in version)

@@ -1,0 +1,307 @@
+"""PostgreSQL: claim and batched completion in one statement each."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Connection,
+    Integer,
+    SmallInteger,
+    String,
+    TableClause,
+    TextClause,
+    TextualSelect,
+    Uuid,
+    bindparam,
+    cast,
+    column,
+    func,
+    literal,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Lane, Wanted
+from sqlalchemy_jobs.columns import utc_datetime
+from sqlalchemy_jobs.dialects.base import (
+    CLAIMED,
+    MIGRATION_WAIT,
+    Dialect,
+    SessionLocks,
+    Transaction,
+    claim_of,
+    waited_in_vain,
+)
+from sqlalchemy_jobs.errors import EngineError, MigrationError
+from sqlalchemy_jobs.states import JobState
+from sqlalchemy_jobs.tables import HAS_NO_SLOT, TO_JOB, jobs, schema_of, workers
+
+_CONFLICTS = (
+    "40001",  # serialization failure
+    "40P01",  # deadlock detected
+    "55P03",  # lock not available
+)
+
+CANCEL_TIMEOUT = 5.0
+"""Seconds for which a server that does not answer a request to cancel holds up the next one."""
+_MIGRATION_LOCK = int.from_bytes(b"sajobs")
+_SHADOWED = """
+SELECT nspname FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace
+WHERE pg_class.oid = to_regclass('sajobs_job') AND nspname <> current_schema()
+"""
+
+# A loose index scan: one descent for each lane, however many jobs lie in it.
+_LANES = """
+WITH RECURSIVE lane (queue, priority) AS (
+  (SELECT queue, priority FROM {jobs}
+   WHERE state = 'ready' AND limit_key IS NULL
+   ORDER BY queue, priority LIMIT 1)
+  UNION ALL
+  SELECT next.queue, next.priority
+  FROM lane CROSS JOIN LATERAL (
+    SELECT queue, priority FROM {jobs}
+    WHERE state = 'ready' AND limit_key IS NULL AND (queue, priority) > (lane.queue, lane.priority)
+    ORDER BY queue, priority LIMIT 1) next
+)
+SELECT queue, priority FROM lane
+"""
+
+# The due jobs of each lane are locked in the innermost query: a sort or a UNION above it would lock more than
+# is returned. The uncorrelated ARRAY is estimated at ten rows, so the plan is the same with absent,
+# empty or wrong statistics. The worker's row is locked so that whoever declares it dead waits for this
+# claim, or is seen by it. A claim lost in a crash of the server is harmless, so it need not be flushed;
+# set_config(..., true) ends with the transaction and does not leak through a pooler. now(), not
+# clock_timestamp(): only a stable function can be a bound of the scan.
+_CLAIM = """
+WITH wanted (queue, room) AS MATERIALIZED (
+  SELECT * FROM unnest(CAST(:queues AS varchar[]), CAST(:rooms AS int[]))
+)
+UPDATE {jobs}
+SET state = 'running', attempt = attempt + 1, worker_id = :worker_id, started_at = clock_timestamp(),
+  unique_slot = CASE WHEN unique_states & {running} <> 0 THEN unique_slot END
+WHERE id = ANY (ARRAY(
+  SELECT taken.id
+  FROM (SELECT 1 FROM {workers} WHERE id = :worker_id AND state = 'alive' FOR KEY SHARE) alive
+  CROSS JOIN (SELECT set_config('synchronous_commit', CASE WHEN :durable
+    THEN current_setting('synchronous_commit') ELSE 'off' END, true)) unflushed
+  CROSS JOIN wanted
+  CROSS JOIN LATERAL (
+    SELECT due.id
+    FROM unnest(CAST(:lane_queues AS varchar[]), CAST(:lane_priorities AS smallint[]))
+      AS lane (queue, priority)
+    CROSS JOIN LATERAL (
+      SELECT job.id FROM {jobs} job
+      WHERE job.state = 'ready' AND job.limit_key IS NULL
+        AND job.queue = lane.queue AND job.priority = lane.priority AND job.run_at <= now()
+        AND job.kind = ANY (CAST(:kinds AS varchar[]))
+        AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
+      ORDER BY job.run_at, job.id LIMIT wanted.room FOR NO KEY UPDATE SKIP LOCKED) due
+    WHERE lane.queue = wanted.queue LIMIT wanted.room) taken
+  LIMIT :total))
+RETURNING id, attempt, kind, queue, payload, failures, max_attempts, headers, crashes, priority, run_at
+"""
+
+
+def _schema(session: Session) -> str | None:
+    return schema_of(session.connection(bind_arguments=TO_JOB))
+
+
+# Joined with the settings that there are: the first two came with PostgreSQL 14.
+_LIMITS = """
+SELECT set_config(known.name, wanted.value, false)
+FROM pg_catalog.pg_settings known
+JOIN (VALUES ('idle_session_timeout', :seconds || 's'),
+             ('client_connection_check_interval', '1s'),
+             ('tcp_keepalives_idle', '5'),
+             ('tcp_keepalives_interval', '2'),
+             ('tcp_keepalives_count', '3')) wanted (name, value) ON wanted.name = known.name
+"""
+_HELD = """
+SELECT (classid::bigint << 32) | objid::bigint AS key
+FROM pg_catalog.pg_locks
+WHERE locktype = 'advisory' AND objsubid = 1 AND granted
+  AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+"""
+
+
+def _lock_key(worker_id: ColumnElement[Any]) -> ColumnElement[int]:
+    return func.hashtextextended(cast(worker_id, String), 0, type_=BigInteger)
+
+
+class AdvisoryLocks(SessionLocks):
+    limits = text(_LIMITS).bindparams(bindparam("seconds", type_=Integer))
+    session = func.pg_backend_pid()
+    server_start = func.pg_postmaster_start_time(type_=utc_datetime())
+    is_free = _lock_key(workers.c.id).not_in(text(_HELD).columns(column("key", BigInteger)))
+
+    def session_of(self, driver: Any) -> int | None:
+        if hasattr(driver, "get_server_pid"):  # asyncpg
+            return int(driver.get_server_pid())
+        return getattr(getattr(driver, "info", None), "backend_pid", None)
+
+    def take(self, worker_id: uuid.UUID) -> ColumnElement[bool]:
+        return func.pg_try_advisory_lock(_lock_key(literal(worker_id, Uuid())))
+
+
+@cache
+def _lanes(schema: str | None) -> TextClause:
+    return text(_in_schema(_LANES, schema))
+
+
+@cache
+def _claim(schema: str | None) -> TextualSelect:
+    return (
+        text(_in_schema(_CLAIM, schema))
+        .bindparams(
+            bindparam("queues", type_=ARRAY(String)),
+            bindparam("rooms", type_=ARRAY(Integer)),
+            bindparam("lane_queues", type_=ARRAY(String)),
+            bindparam("lane_priorities", type_=ARRAY(SmallInteger)),
+            bindparam("kinds", type_=ARRAY(String)),
+            bindparam("never_alone", type_=ARRAY(String)),
+            bindparam("worker_id", type_=Uuid()),
+            bindparam("total", type_=Integer),
+            bindparam("suspects", type_=Boolean),
+            bindparam("durable", type_=Boolean),
+        )
+        .columns(*CLAIMED, jobs.c.priority, jobs.c.run_at)
+    )
+
+
+def _in_schema(statement: str, schema: str | None) -> str:
+    prefix = "" if schema is None else f"{_quoted(schema)}."
+    return statement.format(
+        jobs=prefix + jobs.name,
+        workers=prefix + workers.name,
+        running=JobState.RUNNING.bit,
+        alone_from=ALONE_FROM,
+    )
+
+
+def _quoted(name: str) -> str:
+    """Quote a name for ``text()``, to which a colon begins a parameter and a percent sign is one."""
+    return '"' + name.replace('"', '""').replace(":", r"\:") + '"'
+
+
+class PostgreSQL(Dialect):
+    label = "PostgreSQL"
+    oldest = (13,)
+    why_oldest = "this library is tested with"
+    session_locks = AdvisoryLocks()
+
+    def lanes(self, session: Session, queues: Sequence[str]) -> list[Lane]:
+        found = session.execute(_lanes(_schema(session)), bind_arguments=TO_JOB)
+        return [(row.queue, row.priority) for row in found if not queues or row.queue in queues]
+
+    def claim(self, session: Session, wanted: Wanted) -> list[Claim]:
+        rows = session.execute(
+            _claim(_schema(session)),
+            {
+                "queues": list(wanted.room),
+                "rooms": list(wanted.room.values()),
+                "lane_queues": [queue for queue, _ in wanted.lanes],
+                "lane_priorities": [priority for _, priority in wanted.lanes],
+                "kinds": list(wanted.kinds),
+                "never_alone": list(wanted.never_alone),
+                "worker_id": wanted.worker_id,
+                "total": wanted.total,
+                "suspects": wanted.suspects,
+                "durable": wanted.durable,
+            },
+            bind_arguments=TO_JOB,
+        ).all()
+        # RETURNING has no order.
+        rows = sorted(rows, key=lambda row: (row.priority, row.run_at, row.id))
+        return [claim_of(row, row.attempt, wanted.worker_id) for row in rows]
+
+    def complete_many(
+        self,
+        session: Session,
+        worker_id: uuid.UUID,
+        attempt: int,
+        ids: Sequence[uuid.UUID],
+        *,
+        succeeded: Mapping[str, Any],
+    ) -> Iterable[uuid.UUID]:
+        ours = (jobs.c.attempt == attempt, jobs.c.worker_id == worker_id)
+        free = (
+            select(jobs.c.id)
+            .where(jobs.c.id == func.any(bindparam("ids", list(ids), ARRAY(Uuid()))), *ours)
+            .order_by(jobs.c.id)
+        )
+        # Giving up a slot changes a key of the row, so nobody may refer to it meanwhile: see lock_keys.
+        without = free.where(HAS_NO_SLOT)
+        with_slot = free.where(~HAS_NO_SLOT)
+        locked = func.array_cat(
+            func.array(without.with_for_update(key_share=True, skip_locked=True).scalar_subquery()),
+            func.array(with_slot.with_for_update(skip_locked=True).scalar_subquery()),
+        )
+        return session.execute(
+            update(jobs)
+            .where(jobs.c.id == func.any(locked), *ours)
+            .values(succeeded)
+            .returning(jobs.c.id),
+            bind_arguments=TO_JOB,
+        ).scalars()
+
+    def migrating_alone(
+        self, connection: Connection, schema: str | None
+    ) -> AbstractContextManager[object]:
+        began_at = connection.scalar(select(func.now()))
+        level = connection.scalar(select(func.current_setting("transaction_isolation")))
+        # now() stands still within a transaction.
+        if level != "read committed" or began_at != connection.scalar(select(func.now())):
+            raise EngineError(
+                f"the connection is at {level!r}, or in AUTOCOMMIT: a migration could not see what another one has "
+                'done; migrate at READ COMMITTED, with engine.execution_options(isolation_level="READ COMMITTED")'
+            )
+        if schema is None and (other := connection.scalar(text(_SHADOWED))) is not None:
+            raise EngineError(
+                f'the tables that the search_path leads to are in the schema "{other}", not in the one that new tables '
+                f'are made in: say which is meant, schema="{other}" or another (--schema on the command line)'
+            )
+        self._wait_for_other_migrations(connection)
+        return nullcontext()
+
+    def _wait_for_other_migrations(self, connection: Connection) -> None:
+        """Take the lock, which is held until the transaction ends: DDL is part of it."""
+        before = connection.scalar(select(func.current_setting("lock_timeout")))
+        connection.execute(select(func.set_config("lock_timeout", f"{MIGRATION_WAIT}s", True)))
+        try:
+            connection.execute(select(func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+        except DBAPIError as error:
+            if self.is_conflict(error):
+                raise MigrationError(waited_in_vain("pg_stat_activity")) from error
+            raise
+        connection.execute(select(func.set_config("lock_timeout", before, True)))
+
+    def locked(
+        self, connection: Connection, tables: Sequence[TableClause]
+    ) -> AbstractContextManager[object]:
+        name = connection.dialect.identifier_preparer.format_table
+        connection.exec_driver_sql(
+            f"LOCK TABLE {', '.join(name(each) for each in tables)} IN ACCESS EXCLUSIVE MODE"
+        )
+        return nullcontext()
+
+    def cancel_statement(self, cancellable: Any, transaction: Transaction) -> None:
+        if hasattr(cancellable, "cancel_safe"):  # psycopg
+            cancellable.cancel_safe(timeout=CANCEL_TIMEOUT)
+        else:  # psycopg2
+            cancellable.cancel()
+
+    def _is_conflict(self, error: BaseException | None) -> bool:
+        state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+        return state in _CONFLICTS

@@ -1,0 +1,90 @@
+"""Deletes jobs that have been final for long enough, without getting in the way of those that are not."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Select, and_, literal_column, select
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs.columns import server_now
+from sqlalchemy_jobs.states import JobState
+from sqlalchemy_jobs.tables import HAS_NO_SLOT, TO_JOB, jobs
+from sqlalchemy_jobs.transitions import delete_locked
+
+BATCH = 500
+"""How many jobs are deleted in one transaction."""
+
+Keep = Callable[[JobState, str], timedelta | None]
+"""For how long jobs of a final state and a kind are kept; None: for ever, or by somebody else."""
+
+FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+"""In the order in which the index names them."""
+
+
+def expired(session: Session, keep: Keep) -> list[tuple[JobState, str, datetime]]:
+    """Return the final states and kinds that there are, and since when their jobs have been kept long enough.
+
+    The instant is computed once and then given as a value: a volatile function of the server could not be
+    a bound of the scan.
+    """
+    now = session.scalar(select(server_now()), bind_arguments=TO_JOB)
+    assert now is not None
+    return [
+        (state, kind, now - kept)
+        for state in FINAL
+        for kind in session.scalars(_KINDS[state], bind_arguments=TO_JOB)
+        if (kept := keep(state, kind)) is not None
+    ]
+
+
+def prune(
+    session: Session, state: JobState, kind: str, until: datetime, *, slots: bool = False
+) -> int:
+    """Delete the oldest of the jobs that ended before an instant; return how many, at most ``BATCH``.
+
+    Those that keep others out by their ``unique_slot`` stay, unless ``slots``. Its own short transaction. What someone has locked, for example another worker that prunes, is
+    passed over: nobody waits.
+    """
+    found = session.scalars(oldest(state, kind, until, slots=slots), bind_arguments=TO_JOB)
+    ids: list[uuid.UUID] = sorted(found)
+    if ids:
+        delete_locked(session, ids)
+    return len(ids)
+
+
+def oldest(state: JobState, kind: str, until: datetime, *, slots: bool = False) -> Select[Any]:
+    """Lock and return the jobs that have been final for the longest, by a range of their index."""
+    found = (
+        select(jobs.c.id)
+        .where(_is(state), jobs.c.kind == kind, jobs.c.finished_at < until)
+        .order_by(jobs.c.finished_at)
+        .limit(BATCH)
+        .with_for_update(skip_locked=True)
+    )
+    return found if slots else found.where(HAS_NO_SLOT)
+
+
+def _is(state: JobState) -> Any:
+    # A literal: a partial index cannot be used for a bind under a generic plan. SQLite uses it only where its
+    # own condition is repeated.
+    return and_(
+        jobs.c.state == literal_column(f"'{state.value}'"),
+        jobs.c.state.in_(literal_column(f"'{each.value}'") for each in FINAL),
+    )
+
+
+def _kinds(state: JobState) -> Any:
+    """Return the kinds of the jobs in a state by one descent of the index for each, however many jobs there are."""
+    of_state = select(jobs.c.kind).where(_is(state)).order_by(jobs.c.kind).limit(1)
+    found = select(of_state.scalar_subquery().label("kind")).cte("found", recursive=True)
+    after = of_state.where(jobs.c.kind > found.c.kind).correlate(found).scalar_subquery()
+    found = found.union_all(select(after).where(found.c.kind.is_not(None)))
+    return select(found.c.kind).where(found.c.kind.is_not(None))
+
+
+# Made once: making a statement costs more than executing it.
+_KINDS = {state: _kinds(state) for state in FINAL}

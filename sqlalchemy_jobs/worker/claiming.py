@@ -1,0 +1,154 @@
+"""Claims jobs for the free slots, and gives back what is not ours to run."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs import dialects, transitions
+from sqlalchemy_jobs.app import Handler
+from sqlalchemy_jobs.claims import Claim, Lane, Wanted
+from sqlalchemy_jobs.runs import Run
+from sqlalchemy_jobs.worker.control import Control
+from sqlalchemy_jobs.worker.leases import Lease
+from sqlalchemy_jobs.worker.loops import SHORTEST_PAUSE
+from sqlalchemy_jobs.worker.settings import Settings
+from sqlalchemy_jobs.worker.slots import Slots
+
+log = logging.getLogger("sqlalchemy_jobs")
+
+IDLE_WAITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Seconds an idle worker waits before it looks again; then its poll interval, which also bounds these."""
+LANES_KEPT = 1.0
+"""Seconds for which a worker under full load may miss a lane that is new."""
+RECONCILE = 10.0
+"""Seconds between two reconciliations of an undisturbed worker."""
+
+
+class Claimer:
+    """The step of a loop.
+
+    ``start`` is given each new run, and owns it from then on. ``drained`` is called when nothing is due and
+    nothing of this app is running anywhere.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        lease: Lease,
+        slots: Slots,
+        handlers: Mapping[str, Handler],
+        settings: Settings,
+        start: Callable[[Run], None],
+        drained: Callable[[], None],
+    ) -> None:
+        self._control = control
+        self._lease = lease
+        self._slots = slots
+        self._handlers = handlers
+        self._not_repeated = [
+            kind for kind, each in handlers.items() if each.declaration.on_crash == "fail"
+        ]
+        self._settings = settings
+        self._start = start
+        self._drained = drained
+        self._poll = settings.poll_interval.total_seconds()
+        self._idle_polls = 0
+        self._lanes: list[Lane] = []
+        self._lanes_until = 0.0
+        self._reconcile_at = 0.0
+        self._losses_seen = 0
+        self.starved = False
+        """Whether a slot that is given up lets it claim more."""
+
+    def step(self) -> float:
+        worker_id = self._lease.worker_id
+        if worker_id is None:
+            return SHORTEST_PAUSE
+        self._reconcile(worker_id)
+        self.starved = True  # before looking: a slot that is given up meanwhile must wake this loop
+        free, _ = self._slots.room(())
+        if free <= 0:
+            self._tell_if_drained()
+            return self._poll
+        claims, asked = self._control.transaction(lambda session: self._claim(session, worker_id))
+        self._start_all([Run(claim) for claim in claims])
+        if claims:
+            self._idle_polls = 0
+            return 0.0 if len(claims) >= asked else min(IDLE_WAITS[0], self._poll)
+        self._tell_if_drained()
+        self._idle_polls += 1
+        return min((*IDLE_WAITS, self._poll)[min(self._idle_polls, len(IDLE_WAITS))], self._poll)
+
+    def _tell_if_drained(self) -> None:
+        if self._settings.drain and self._slots.is_idle() and self._is_drained():
+            self._drained()
+
+    def _start_all(self, runs: list[Run]) -> None:
+        """Start every run, also when one cannot be: what is claimed is ours to hand on."""
+        trouble = None
+        for run in runs:
+            if self._slots.take(run):
+                try:
+                    self._start(run)
+                except Exception as error:
+                    trouble = error
+        if trouble is not None:
+            raise trouble
+
+    def _claim(self, session: Session, worker_id: uuid.UUID) -> tuple[list[Claim], int]:
+        lanes = self._find_lanes(session)
+        queues = list({queue for queue, _ in lanes})
+        random.shuffle(queues)  # where the room is less than the sum, no queue is always last
+        free, room = self._slots.room(queues)
+        asked = min(free, sum(room.values()))
+        self.starved = len(room) < len(queues)
+        if asked <= 0:
+            return [], 0
+        wanted = Wanted(
+            worker_id,
+            list(self._handlers),
+            lanes,
+            room,
+            asked,
+            never_alone=self._not_repeated,
+            durable=self._control.durable,
+        )
+        claims = transitions.claim(session, wanted)
+        if not claims and not self._slots.running():
+            claims = transitions.claim(session, replace(wanted, total=1, suspects=True))
+        return claims, asked
+
+    def _find_lanes(self, session: Session) -> list[Lane]:
+        """Return where ready jobs are; looked up again each second, and after a claim that came empty."""
+        now = time.monotonic()
+        if self._idle_polls or now >= self._lanes_until:
+            self._lanes = dialects.of(session).lanes(session, list(self._settings.limits))
+            self._lanes_until = now + LANES_KEPT
+        return self._lanes
+
+    def _is_drained(self) -> bool:
+        """Tell whether nothing of ours is due, or running anywhere: what a dead worker ran comes back."""
+        kinds, queues = list(self._handlers), list(self._settings.limits)
+        return not self._control.transaction(
+            lambda session: transitions.any_unfinished(session, kinds, queues)
+        )
+
+    def _reconcile(self, worker_id: uuid.UUID) -> None:
+        """Give back what is running under our id but not here, after a lost connection and now and then."""
+        losses, now = self._control.availability.losses, time.monotonic()
+        if losses == self._losses_seen and now < self._reconcile_at:
+            return
+        owned = {(run.job_id, run.attempt) for run in self._slots.owned()}
+        released = self._control.transaction(
+            lambda session: transitions.release_unowned(session, worker_id, owned)
+        )
+        if released:
+            log.warning("jobs that a lost connection had left behind, released: %d", len(released))
+        self._losses_seen, self._reconcile_at = losses, now + RECONCILE

@@ -1,0 +1,188 @@
+"""The worker's own transactions, on connections that no handler shares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs import dialects, sqlite
+from sqlalchemy_jobs.worker.availability import Availability, is_lost
+from sqlalchemy_jobs.worker.loops import LoopThread
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+T = TypeVar("T")
+
+_AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT"}
+TRIES = 5
+"""How often a transaction that lost against another one is run in all."""
+
+
+class Control:
+    """Runs functions of a session, each in a transaction of its own at READ COMMITTED.
+
+    It has a pool of its own, made like the application's: claims and renewals never wait for a
+    connection that a handler holds, and never run on the handlers' event loop. An async engine is driven by
+    a loop in a thread of this object.
+    """
+
+    def __init__(
+        self, engine: Engine | AsyncEngine, availability: Availability, *, durable: bool = False
+    ) -> None:
+        self.availability = availability
+        self.durable = durable
+        """Whether claims must survive a loss of power."""
+        self.dialect = dialects.named(engine.dialect.name)
+        self._engine: Engine | AsyncEngine
+        self._loop: LoopThread | None = None
+        self._kept: Connection | AsyncConnection | None = None
+        self._closed = False
+        if isinstance(engine, Engine):
+            self._engine = _own(engine, durable)
+        else:
+            self._engine = _own_async(engine, durable)
+            self._loop = LoopThread("control")
+
+    def transaction(self, work: Callable[[Session], T]) -> T:
+        """Run ``work`` in a transaction and commit; again, when it lost against another one."""
+        if self._closed:
+            raise RuntimeError("the worker has ended")
+        for last in (False,) * (TRIES - 1) + (True,):
+            asked_at = time.monotonic()
+            try:
+                result = self._once(work)
+            except Exception as error:
+                conflict = self.dialect.is_conflict(error)
+                if conflict and not last:
+                    continue
+                if not conflict and is_lost(error):
+                    self.availability.lost(error, asked_at)
+                raise
+            self.availability.reached(asked_at)
+            return result
+        raise AssertionError("unreachable")
+
+    def on_kept_connection(self, work: Callable[[Connection], T]) -> T:
+        """Run ``work`` in autocommit on a connection that stays open, and no one else's, until it fails."""
+        if self._closed:
+            raise RuntimeError("the worker has ended")
+        if self._loop is not None:
+            return self._loop.call(self._on_kept_async(work))
+        try:
+            if self._kept is None:
+                self._kept = cast(Engine, self._engine.execution_options(**_AUTOCOMMIT)).connect()
+            return work(cast(Connection, self._kept))
+        except BaseException:
+            self.drop_kept_connection()
+            raise
+
+    def drop_kept_connection(self) -> None:
+        """Close it for good, so that the server ends its session."""
+        if self._loop is not None:
+            self._loop.call(self._drop_kept_async())
+        elif (kept := cast("Connection | None", self._kept)) is not None:
+            self._kept = None
+            with suppress(Exception):  # broken
+                kept.invalidate()
+                kept.close()
+
+    def close(self) -> None:
+        """Close the connections; a run that ends later opens none."""
+        self._closed = True
+        if self._loop is None:
+            self.drop_kept_connection()
+            cast(Engine, self._engine).dispose()
+        else:
+            self._loop.close(self._close_async(cast("AsyncEngine", self._engine)))
+
+    def _once(self, work: Callable[[Session], T]) -> T:
+        if self._loop is not None:
+            return self._loop.call(self._once_async(cast("AsyncEngine", self._engine), work))
+        with Session(cast(Engine, self._engine)) as session, session.begin():
+            return work(session)
+
+    @staticmethod
+    async def _once_async(engine: AsyncEngine, work: Callable[[Session], T]) -> T:
+        from sqlalchemy.ext.asyncio import AsyncSession
+
+        async with AsyncSession(engine) as session, session.begin():
+            return await session.run_sync(work)
+
+    async def _on_kept_async(self, work: Callable[[Connection], T]) -> T:
+        try:
+            if self._kept is None:
+                engine = cast("AsyncEngine", self._engine.execution_options(**_AUTOCOMMIT))
+                self._kept = await engine.connect()
+            return await cast("AsyncConnection", self._kept).run_sync(work)
+        except BaseException:
+            await self._drop_kept_async()
+            raise
+
+    async def _drop_kept_async(self) -> None:
+        if (kept := cast("AsyncConnection | None", self._kept)) is not None:
+            self._kept = None
+            with suppress(Exception):  # broken
+                await kept.invalidate()
+                await kept.close()
+
+    async def _close_async(self, engine: AsyncEngine) -> None:
+        await self._drop_kept_async()
+        await engine.dispose()
+
+
+def _own(engine: Engine, durable: bool) -> Engine:
+    """Make an engine with the creator and the pool events of another, and connections of its own."""
+    own = create_engine(engine.url, pool=engine.pool.recreate(), **_options(engine))
+    _set_up(own)
+    if not durable:
+        _do_not_flush(own)
+    return own
+
+
+def _own_async(engine: AsyncEngine, durable: bool) -> AsyncEngine:
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    own = create_async_engine(
+        engine.url, pool=engine.sync_engine.pool.recreate(), **_options(engine)
+    )
+    _set_up(own.sync_engine)
+    if not durable:
+        _do_not_flush(own.sync_engine)
+    return own
+
+
+def _set_up(engine: Engine) -> None:
+    if engine.dialect.name == "sqlite":
+        sqlite.configure(engine)
+
+
+def _do_not_flush(engine: Engine) -> None:
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _commit_without_flush)
+
+
+def _commit_without_flush(connection: Any, record: Any) -> None:
+    """Let our own transactions not wait for the disk, as claims do not on PostgreSQL.
+
+    In WAL mode a loss of power loses the latest commits only, in order: a handler's commit, which is
+    flushed, flushes what was before it. What is lost of ours is a claim, or a job that runs again.
+    """
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA synchronous = NORMAL")
+    cursor.close()
+
+
+def _options(engine: Engine | AsyncEngine) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if engine.dialect.name != "sqlite":
+        # At REPEATABLE READ a claim would raise 40001 on PostgreSQL and lock gaps on MariaDB.
+        options["isolation_level"] = "READ COMMITTED"
+    if schemas := engine.get_execution_options().get("schema_translate_map"):
+        options["execution_options"] = {"schema_translate_map": schemas}
+    return options

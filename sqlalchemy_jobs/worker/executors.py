@@ -1,0 +1,304 @@
+"""Where handlers run: ``def`` on threads; ``async def`` on an event loop, in ``event_loop.py``.
+
+These two are the only places that know threads, loops and how sessions are opened. Runs of both colours
+go through one supervisor.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, scoped_session
+
+from sqlalchemy_jobs import transitions
+from sqlalchemy_jobs.app import Handler, JobApp, SyncSessions
+from sqlalchemy_jobs.errors import LeaseLost
+from sqlalchemy_jobs.runs import Run
+from sqlalchemy_jobs.tables import TO_JOB
+from sqlalchemy_jobs.transitions import Failure
+from sqlalchemy_jobs.worker import execution
+from sqlalchemy_jobs.worker.availability import brief
+from sqlalchemy_jobs.worker.control import Control
+from sqlalchemy_jobs.worker.execution import CommitFailed, Transition
+from sqlalchemy_jobs.worker.handling import Handling, ThreadHandling
+from sqlalchemy_jobs.worker.timeouts import Timeouts
+
+log = logging.getLogger("sqlalchemy_jobs")
+
+T = TypeVar("T")
+
+Finish = Callable[[Run, Transition | None], None]
+"""Takes a run whose handler has ended, and the transition that is still to be made."""
+
+
+class Colour(Protocol):
+    """How sync or async code opens a session, calls a handler and waits for something that blocks."""
+
+    def open(self) -> Any: ...
+    def call(self, function: Callable[[], Any]) -> Any: ...
+    def handling(self, run: Run, control: Control) -> Handling: ...
+    def block(self, function: Callable[[], T]) -> T: ...
+
+
+class Sync:
+    """On a thread."""
+
+    def __init__(self, sessions: SyncSessions) -> None:
+        self._sessions = sessions
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[Session, Session]]:
+        scoped = self._sessions if isinstance(self._sessions, scoped_session) else None
+        session = self.make()
+        if scoped:
+            # Helpers that use the global session must write into this transaction.
+            scoped.registry.set(session)
+        try:
+            yield session, session
+        finally:
+            if scoped:
+                scoped.remove()  # closes it, too
+            else:
+                session.close()
+
+    def make(self) -> Session:
+        """Return a new session, also where the factory would return the thread's own."""
+        factory = self._sessions
+        if isinstance(factory, scoped_session):
+            factory = factory.session_factory
+        session: Session = factory()
+        return session
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def handling(self, run: Run, control: Control) -> Handling:
+        return ThreadHandling(run, control)
+
+    def block(self, function: Callable[[], T]) -> T:
+        return function()
+
+
+class Supervisor:
+    """Takes a run through its handler, whatever happens, and hands it on to be settled."""
+
+    def __init__(
+        self, app: JobApp[Any, Any], control: Control, timeouts: Timeouts, finish: Finish
+    ) -> None:
+        self._app = app
+        self._control = control
+        self._timeouts = timeouts
+        self._finish = finish
+        self._handlings: dict[Run, Handling] = {}
+
+    def give_back(self, run: Run) -> None:
+        """Release a run whose handler was not even called."""
+        self._finish(run, execution.released("the worker stopped"))
+
+    def interrupt(self, runs: Iterable[Run]) -> None:
+        """Interrupt the handlers of runs that are given up, where they are at work."""
+        for run in runs:
+            if handling := self._handlings.get(run):
+                handling.interrupt(timed_out=False)
+
+    def call_off(self, run: Run) -> None:
+        """Interrupt the handler of a run whose job was taken from it, and give it up if it does not come back."""
+        if handling := self._handlings.get(run):
+            self._timeouts.call_off(handling)
+
+    def supervise(self, run: Run, handler: Handler, colour: Colour) -> bool:
+        """Take a run to its end; False when its handler had to be interrupted."""
+        handling = self._handlings[run] = colour.handling(run, self._control)
+        if (timeout := handler.declaration.timeout) is not None:
+            run.begin(timeout)
+            handling.deadline = time.monotonic() + timeout.total_seconds()
+            self._timeouts.watch(handling)
+        try:
+            with run.as_current(), self._app.context():
+                transition = self._outcome(handling, handler, colour)
+        except BaseException as error:  # of the context itself
+            transition = self._classified(error, handling, handler)
+        del self._handlings[run]
+        self._timeouts.forget(handling)
+        self._finish(run, transition)
+        return not handling.interrupted
+
+    def _outcome(self, handling: Handling, handler: Handler, colour: Colour) -> Transition | None:
+        try:
+            return self._run(handling, handler, colour)
+        except BaseException as error:
+            return self._classified(error, handling, handler)
+
+    @staticmethod
+    def _classified(error: BaseException, handling: Handling, handler: Handler) -> Transition:
+        """Never raises: a run that is handed on by nobody would stay running for ever."""
+        run = handling.run
+        if handling.interrupted:
+            execution.forget(error)
+        try:
+            if handling.interrupted and not run.timed_out:
+                return execution.released("the worker stopped")
+            if not run.timed_out and execution.is_cancellation(error, run):
+                return execution.released("its task was cancelled")
+            return execution.classify_error(error, run, handler.declaration)
+        except Exception:
+            log.exception("%s %s raised something that cannot be classified", run.kind, run.job_id)
+            return partial(transitions.fail, failure=Failure("its error could not be classified"))
+
+    def _run(self, handling: Handling, handler: Handler, colour: Colour) -> Transition | None:
+        run = handling.run
+        for rerun in range(execution.RERUNS + 1):
+            try:
+                with colour.open() as (session, argument):
+                    call = self._caller(run, handler, colour, argument)
+                    return execution.perform(session, handling, handler, call)
+            except LeaseLost:
+                changed = execution.lost_or_changed(
+                    run, still_owned=bool(self._still_owned(run, colour))
+                )
+                if changed is None:
+                    log.warning(
+                        "%s %s belongs to another run: nothing was written", run.kind, run.job_id
+                    )
+                    return None
+                return self._classified(changed, handling, handler)
+            except BaseException as error:
+                cause = error.__cause__ if isinstance(error, CommitFailed) else error
+                assert cause is not None
+                if isinstance(error, CommitFailed) and execution.is_unknown(cause):
+                    self._control.availability.broke(cause)
+                    log.warning(
+                        "%s %s: its commit may or may not have arrived; the row will tell: %s",
+                        run.kind,
+                        run.job_id,
+                        brief(cause),
+                    )
+                    return execution.released("the connection was lost during COMMIT")
+                if handler.transaction == "manual" or not self._may_rerun(cause, rerun):
+                    raise cause  # noqa: B904 (the cause is the handler's own error)
+                still_owned = self._still_owned(run, colour)
+                if still_owned is None:
+                    raise cause  # noqa: B904
+                if not still_owned:
+                    return None
+        raise AssertionError("unreachable")
+
+    def _may_rerun(self, error: BaseException, rerun: int) -> bool:
+        """Tell whether a wrapped handler may run again at once; all that it wrote is rolled back.
+
+        When its transaction lost against another one; and the first time that its connection broke, which
+        may have been a pooled one from before a restart of the server.
+        """
+        if isinstance(error, DBAPIError) and error.connection_invalidated:
+            return rerun == 0
+        return rerun < execution.RERUNS and self._control.dialect.is_conflict(error)
+
+    def _caller(
+        self, run: Run, handler: Handler, colour: Colour, argument: Any
+    ) -> Callable[[Any], Any]:
+        def call(payload: Any) -> Any:
+            return execution.call_through(
+                self._app.middlewares,
+                run,
+                lambda: colour.call(lambda: handler.function(argument, payload)),
+            )
+
+        return call
+
+    def _still_owned(self, run: Run, colour: Colour) -> bool | None:
+        """Ask the row; None when it cannot be asked now."""
+        try:
+            return colour.block(
+                lambda: self._control.transaction(
+                    lambda session: transitions.owns(session, run.claim)
+                )
+            )
+        except Exception as error:
+            log.debug("%s %s: who owns it could not be asked: %s", run.kind, run.job_id, error)
+            return None
+
+
+class Threads:
+    """Runs sync handlers on daemon threads, made as they are needed."""
+
+    def __init__(self, supervisor: Supervisor, sessions: SyncSessions, most: int) -> None:
+        self._supervisor = supervisor
+        self._colour = Sync(sessions)
+        self._most = most
+        self._work: queue.SimpleQueue[tuple[Run, Handler] | None] = queue.SimpleQueue()
+        self._serving: set[Run] = set()
+        self._idle = 0
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def start(self, run: Run, handler: Handler) -> None:
+        with self._lock:
+            if self._idle <= 0:
+                self._add_thread()
+            self._idle -= 1
+        self._work.put((run, handler))
+
+    def replace(self, run: Run) -> None:
+        """Count no more on the thread of a run that does not come back."""
+        with self._lock:
+            if run in self._serving:
+                self._lose(run)
+
+    def _lose(self, run: Run) -> None:
+        self._serving.remove(run)
+        self._count -= 1
+        if self._idle < 0:
+            with suppress(RuntimeError):  # no thread can be started now: the next run tries again
+                self._add_thread()
+
+    def _add_thread(self) -> None:
+        if self._count >= self._most:
+            return
+        name = f"sajobs-handler-{self._count + 1}"
+        threading.Thread(target=self._serve, name=name, daemon=True).start()
+        # Not counted when it could not be started.
+        self._count += 1
+        self._idle += 1
+
+    def check(self, check: Callable[[Connection], None]) -> None:
+        """Apply a check to a connection such as handlers get."""
+        # Not through open(): that would replace the caller's own session in a scoped registry.
+        session = self._colour.make()
+        try:
+            check(session.connection(bind_arguments=TO_JOB))
+        finally:
+            session.close()
+
+    def stop(self) -> None:
+        for _ in range(self._count):
+            self._work.put(None)
+
+    def _serve(self) -> None:
+        while (work := self._work.get()) is not None:
+            run, handler = work
+            with self._lock:
+                self._serving.add(run)
+            sound = self._serve_run(run, handler)
+            with self._lock:
+                if run not in self._serving:
+                    return  # it was replaced
+                if not sound:  # who knows what the exception has left behind in its thread
+                    self._lose(run)
+                    return
+                self._serving.remove(run)
+                self._idle += 1
+
+    def _serve_run(self, run: Run, handler: Handler) -> bool:
+        if run.should_stop:
+            self._supervisor.give_back(run)
+            return True
+        return self._supervisor.supervise(run, handler, self._colour)

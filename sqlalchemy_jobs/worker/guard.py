@@ -1,0 +1,126 @@
+"""Keeps a handler from ending the transaction that is to carry its work.
+
+Two facts decide: ``commit()`` must be refused *before* anything is committed, and a ``rollback()`` or
+``close()`` that is followed by a return would lose the work of a job that succeeds. The listeners
+stand on the Session class, since per-instance listeners cost as much as the rest of the run and
+``async_sessionmaker`` takes none; they do nothing for a session that no run is watching.
+
+``text("COMMIT")``, the driver's own ``commit()`` and ``session.connection().commit()`` are not seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy.orm import Session, SessionTransaction
+
+from sqlalchemy_jobs.errors import HandlerEndedTransaction, LeaseLost, RunInterrupted
+from sqlalchemy_jobs.models import Job
+from sqlalchemy_jobs.tables import TO_JOB, jobs
+from sqlalchemy_jobs.worker.handling import Handling
+
+_KEY = "sqlalchemy_jobs.watch"
+
+
+class Watch:
+    """What is known of one run's session."""
+
+    def __init__(self, handling: Handling, manual: bool) -> None:
+        self.handling = handling
+        self.manual = manual
+        self.settling = False
+        self.began_at: float | None = None
+        """When its transaction first touched the database (monotonic seconds)."""
+        self.databases: set[Engine] = set()
+        """The engines that its transactions have used."""
+        self._ended: str | None = None
+
+    def check(self) -> None:
+        """Refuse the return of a handler that ended its transaction.
+
+        Raises: HandlerEndedTransaction.
+        """
+        if self._ended and not self.manual:
+            raise HandlerEndedTransaction(
+                f"the handler {self._ended}, so its work could not commit together with the job: leave "
+                "the transaction to the worker, use session.begin_nested() for partial rollbacks, or "
+                'register the handler with transaction="manual"'
+            )
+
+    def before_commit(self, session: Session) -> None:
+        if self.settling or session.in_nested_transaction():
+            return
+        if self.manual:
+            self._refuse_a_commit_of_the_dead(session)
+        else:
+            self._ended = "called session.commit()"
+            self.check()
+
+    def after_end(self) -> None:
+        if not self.settling:
+            self._ended = self._ended or "called session.rollback() or session.close() and returned"
+        self.began_at = None
+
+    def _refuse_a_commit_of_the_dead(self, session: Session) -> None:
+        if self.handling.interrupted:
+            raise RunInterrupted("the run was interrupted: nothing was committed")
+        run = self.handling.run
+        claim = run.claim
+        ours = session.execute(
+            select(jobs.c.id)
+            .where(
+                jobs.c.id == claim.job_id,
+                jobs.c.attempt == claim.attempt,
+                jobs.c.worker_id == claim.worker_id,
+            )
+            # A share lock conflicts with the rescue's UPDATE; a key-share lock would not.
+            .with_for_update(read=True),
+            bind_arguments=TO_JOB,
+        )
+        if ours.first() is None:
+            run.ask_to_stop()
+            raise LeaseLost(
+                f"job {claim.job_id} belongs to another run by now: nothing was committed"
+            )
+
+
+@contextmanager
+def watching(session: Session, handling: Handling, *, manual: bool) -> Iterator[Watch]:
+    """Watch a session for the length of a run."""
+    watch = session.info[_KEY] = Watch(handling, manual)
+    try:
+        yield watch
+    finally:
+        session.info.pop(_KEY, None)
+
+
+def install() -> None:
+    """Put the listeners in place, once in a process."""
+    if not event.contains(Session, "before_commit", _before_commit):
+        event.listen(Session, "before_commit", _before_commit)
+        event.listen(Session, "after_begin", _after_begin)
+        event.listen(Session, "after_transaction_end", _after_transaction_end)
+
+
+def _before_commit(session: Session) -> None:
+    watch: Watch | None = session.info.get(_KEY)
+    if watch is not None:
+        watch.before_commit(session)
+
+
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    watch: Watch | None = session.info.get(_KEY)
+    if watch is not None:
+        watch.began_at = watch.began_at or time.monotonic()
+        watch.databases.add(connection.engine)
+        if connection.engine is session.get_bind(Job):
+            watch.handling.uses(connection)
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    watch: Watch | None = session.info.get(_KEY)
+    if watch is not None and transaction.parent is None:
+        watch.after_end()

@@ -1,0 +1,102 @@
+"""What a worker can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypedDict
+
+from sqlalchemy_jobs.errors import ConfigurationError
+from sqlalchemy_jobs.payloads import check_options
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of ``Worker`` and ``JobApp.worker``: the fields of ``Settings``."""
+
+    queues: Sequence[str] | Mapping[str, int | None]
+    concurrency: int | None
+    poll_interval: timedelta
+    lease: timedelta
+    shutdown_timeout: timedelta | None
+    keep: timedelta | None
+    keep_failed: timedelta | None
+    drain: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one worker.
+
+    Raises: ConfigurationError.
+    """
+
+    queues: Sequence[str] | Mapping[str, int | None] = ()
+    """Which queues to serve; empty: all. A mapping gives some queues a concurrency of their own."""
+    concurrency: int | None = None
+    """How many runs at once, in this process. None: the sum of the queues' own when each has one,
+    else 10, on SQLite 1 (it has one write lock)."""
+    poll_interval: timedelta = timedelta(seconds=1)
+    """How long an idle worker waits at most before it looks again."""
+    lease: timedelta = timedelta(seconds=30)
+    """For how long the worker is believed alive without renewing; renewed every sixth of it, at
+    least every 2 s, or 5 s while there is no other worker. A dead worker's jobs are brought back when it has
+    passed: at the next look of another worker, every 2 s; a worker that has just started waits a third of its
+    lease before it judges others. On PostgreSQL, MariaDB and MySQL, unless behind a pooler, the server
+    tells of a death within 3 s."""
+    shutdown_timeout: timedelta | None = None
+    """How long runs may go on once the worker is told to stop; then they are released. None: 30 s,
+    inside an application 5 s (so that a reload does not hang)."""
+    keep: timedelta | None = timedelta(days=1)
+    """How long the rows of jobs that succeeded or were cancelled are kept at least, for kinds whose ``@job``
+    does not say it. None: for ever."""
+    keep_failed: timedelta | None = timedelta(days=14)
+    """The same for jobs that failed."""
+    drain: bool = False
+    """Stop by itself when no job is due and none is running, here or in another worker."""
+
+    def __post_init__(self) -> None:
+        for queue, most in self.limits.items():
+            check_options(queue=queue, error=ConfigurationError)
+            if most is not None and not _is_count(most):
+                raise ConfigurationError(
+                    f"queue {queue}={most!r}: wanted a concurrency of 1 or more"
+                )
+        if self.concurrency is not None and not _is_count(self.concurrency):
+            raise ConfigurationError(f"concurrency={self.concurrency!r}: wanted 1 or more")
+        _check_duration("poll_interval", self.poll_interval, "more than zero", timedelta(0), False)
+        _check_duration("lease", self.lease, "one second or more", timedelta(seconds=1))
+        for name in ("shutdown_timeout", "keep", "keep_failed"):
+            if (value := getattr(self, name)) is not None:
+                _check_duration(name, value, "zero or more", timedelta(0))
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """The queues with their own concurrency; empty: all queues, none limited."""
+        if isinstance(self.queues, Mapping):
+            return dict(self.queues)
+        if isinstance(self.queues, str):
+            raise ConfigurationError(
+                f"queues={self.queues!r} is one string: write [{self.queues!r}]"
+            )
+        return dict.fromkeys(self.queues)
+
+    def total(self, default: int) -> int:
+        """Return how many runs at once, given the database's default."""
+        if self.concurrency is not None:
+            return self.concurrency
+        own = [most for most in self.limits.values() if most is not None]
+        return sum(own) if own and len(own) == len(self.limits) else default
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_duration(
+    name: str, value: object, wanted: str, least: timedelta, itself: bool = True
+) -> None:
+    if not isinstance(value, timedelta):
+        raise ConfigurationError(f"{name}={value!r}: wanted a timedelta of {wanted}")
+    if value < least or (value == least and not itself):
+        raise ConfigurationError(f"{name}={value}: wanted {wanted}")
