@@ -1,0 +1,319 @@
+"""However workers die and connections break, what a job does in the database is done exactly once."""
+
+import gc
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import NullPool
+
+from sqlalchemy_jobs import Attempt, Job, JobApp, WorkerRow, enqueue, enqueue_many, transitions
+from sqlalchemy_jobs.worker.availability import Availability
+from sqlalchemy_jobs.worker.control import Control
+from tests.databases import Database
+from tests.domain import Effect
+from tests.processes import workers
+from tests.proxy import Proxy, When
+
+
+@pytest.fixture
+def effects_app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module that the worker processes run; here only for its payload classes."""
+    monkeypatch.setenv("SAJOBS_TEST_URL", "sqlite://")
+    monkeypatch.setenv("SAJOBS_TEST_FOLDER", str(tmp_path))
+    from tests.apps import effects
+
+    return effects
+
+
+class Outcome:
+    """What the database says in the end."""
+
+    def __init__(self, database: Database) -> None:
+        self.sessions = sessionmaker(database.engine())
+
+    def states(self) -> dict[str, int]:
+        with self.sessions() as session:
+            query = select(Job.state, func.count()).group_by(Job.state)
+            return dict(session.execute(query).all())  # type: ignore[arg-type]
+
+    def effects(self) -> tuple[int, int]:
+        """How many effects there are, and of how many different jobs."""
+        with self.sessions() as session:
+            query = select(func.count(), func.count(Effect.job_id.distinct())).select_from(Effect)
+            count, different = session.execute(query).one()
+            return count, different
+
+    def attempts(self) -> list[str]:
+        with self.sessions() as session:
+            return list(session.scalars(select(Attempt.outcome).order_by(Attempt.attempt)))
+
+    def wait_for(self, timeout: float = 90, **states: int) -> None:
+        """Wait until the jobs are in these states."""
+        end = time.monotonic() + timeout
+        while (found := self.states()) != states:
+            assert time.monotonic() < end, found
+            time.sleep(0.05)
+
+
+def test_two_processes_do_five_thousand_jobs_once_each(
+    database: Database, tmp_path: Path, effects_app: Any
+) -> None:
+    outcome = Outcome(database)
+    with outcome.sessions.begin() as session:
+        enqueue_many(session, [effects_app.Write(str(n)) for n in range(2500)])
+        enqueue_many(session, [effects_app.WriteAsync(str(n)) for n in range(2500)])
+    with workers(database, tmp_path, "--drain", count=2) as both:
+        assert [each.wait(240) for each in both] == [0, 0]
+        assert all("WARNING" not in each.log and "ERROR" not in each.log for each in both), (
+            both[0].log + both[1].log
+        )
+    assert outcome.states() == {"succeeded": 5000}
+    assert outcome.effects() == (5000, 5000)
+    assert outcome.attempts() == []
+
+
+def test_false_deaths_double_nothing_and_lose_nothing(
+    database: Database, tmp_path: Path, effects_app: Any
+) -> None:
+    """Live workers are declared dead all the time: their jobs run elsewhere, their own runs write nothing."""
+    count = 1500
+    outcome = Outcome(database)
+    with outcome.sessions.begin() as session:
+        enqueue_many(session, [effects_app.Write(str(n)) for n in range(count // 2)])
+        enqueue_many(session, [effects_app.WriteAsync(str(n)) for n in range(count // 2)])
+    control = Control(database.engine(), Availability())
+    rescued = deaths = 0
+    with workers(database, tmp_path, "--lease", "1", "--concurrency", "4", count=2) as both:
+        for each in both:
+            each.wait_for("serves")
+        while deaths < 12 and outcome.states().keys() != {"succeeded"}:
+            brought_back = declare_one_dead(control)
+            deaths, rescued = deaths + (brought_back > 0), rescued + brought_back
+        outcome.wait_for(succeeded=count)
+        for each in both:
+            each.signal(signal.SIGTERM)
+        assert [each.wait() for each in both] == [0, 0]
+        assert any("declared this one dead" in each.log for each in both)
+    control.close()
+    assert rescued > 0
+    assert outcome.effects() == (count, count)
+
+
+def declare_one_dead(control: Control) -> int:
+    """Declare some live worker with running jobs dead; return how many jobs that brought back."""
+
+    def rescue(session: Session) -> int:
+        alive = session.execute(
+            select(WorkerRow.id, WorkerRow.heartbeat_at).where(
+                WorkerRow.state == "alive", WorkerRow.id.in_(select(Job.worker_id))
+            )
+        ).all()
+        if not alive:
+            return 0
+        worker_id, seen = random.choice(alive)
+        return len(transitions.rescue(session, worker_id, seen) or ())
+
+    return control.transaction(rescue)
+
+
+def test_a_kill_between_flush_and_commit_leaves_nothing_and_the_job_runs_again(
+    database: Database, tmp_path: Path, effects_app: Any
+) -> None:
+    outcome = Outcome(database)
+    with outcome.sessions.begin() as session:
+        session.add(enqueue(effects_app.WriteAndHang()))
+    with workers(database, tmp_path, "--lease", "2") as (victim,):
+        victim.wait_for("SIGN flushed")
+        victim.signal(signal.SIGKILL)
+        assert victim.wait() == -signal.SIGKILL
+    assert outcome.effects() == (0, 0)
+    assert outcome.states() == {"running": 1}
+    with workers(database, tmp_path, "--lease", "2") as (rescuer,):
+        rescuer.wait_for("is dead, its lease has passed; jobs brought back: 1")
+        outcome.wait_for(succeeded=1)
+    assert outcome.effects() == (1, 1)
+    assert outcome.attempts() == ["crashed"]
+
+
+def test_sigterm_lets_runs_finish_and_claims_nothing_more(
+    database: Database, tmp_path: Path, effects_app: Any
+) -> None:
+    outcome = Outcome(database)
+    with outcome.sessions.begin() as session:
+        session.add(enqueue(effects_app.Wait()))
+    with workers(database, tmp_path, "--concurrency", "2") as (worker,):
+        worker.wait_for("SIGN waiting")
+        worker.signal(signal.SIGTERM)
+        worker.wait_for("stopping")
+        with outcome.sessions.begin() as session:
+            session.add(enqueue(effects_app.Write()))
+        (tmp_path / "go").touch()
+        assert worker.wait() == 0
+    assert outcome.states() == {"succeeded": 1, "ready": 1}
+    assert outcome.effects() == (1, 1)
+    with outcome.sessions() as session:
+        assert session.scalars(select(WorkerRow)).all() == []
+
+
+@pytest.mark.parametrize("how", ["a second signal", "the shutdown timeout"])
+def test_runs_that_do_not_end_are_released_without_a_failure(
+    database: Database, tmp_path: Path, effects_app: Any, how: str
+) -> None:
+    outcome = Outcome(database)
+    with outcome.sessions.begin() as session:
+        session.add(enqueue(effects_app.Wait()))
+    timeout = "60" if how == "a second signal" else "0.2"
+    with workers(database, tmp_path, "--shutdown-timeout", timeout) as (worker,):
+        worker.wait_for("SIGN waiting")
+        worker.signal(signal.SIGINT)
+        if how == "a second signal":
+            worker.wait_for("stopping")
+            worker.signal(signal.SIGINT)
+        assert worker.wait() == 1
+        worker.wait_for("did not end in time: released")
+    with outcome.sessions() as session:
+        job = session.scalars(select(Job)).one()
+        assert (job.state, job.failures, job.attempt) == ("ready", 0, 1)
+    assert outcome.attempts() == ["released"]
+    assert outcome.effects() == (0, 0)
+
+
+# --- broken connections -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy(row_locks: Database) -> Iterator[Proxy]:
+    proxy = Proxy(row_locks.url)
+    yield proxy
+    proxy.stop()
+
+
+def sync_app(proxy: Proxy, effects_app: Any) -> tuple[JobApp[Any, Any], Callable[[], None]]:
+    from sqlalchemy import create_engine
+
+    engine = create_engine(proxy.url)
+    app = JobApp(sessionmaker(engine))
+
+    @app.handler(effects_app.Write)
+    def write(session: Session, payload: Any) -> None:
+        session.add(effects_app.effect(payload.note))
+
+    return app, engine.dispose
+
+
+def async_app(proxy: Proxy, effects_app: Any) -> tuple[JobApp[Any, Any], Callable[[], None]]:
+    driver = {"mysql+pymysql": "mysql+aiomysql"}.get(proxy.url.drivername, proxy.url.drivername)
+    app = JobApp(
+        async_sessionmaker(
+            create_async_engine(proxy.url.set(drivername=driver), poolclass=NullPool)
+        )
+    )
+
+    @app.handler(effects_app.Write)
+    async def write(session: AsyncSession, payload: Any) -> None:
+        session.add(effects_app.effect(payload.note))
+
+    return app, lambda: None
+
+
+@pytest.mark.parametrize("make_app", [sync_app, async_app])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # aiomysql's sockets
+def test_a_connection_cut_during_commit_leads_to_one_effect(
+    row_locks: Database, proxy: Proxy, effects_app: Any, when: When, make_app: Any
+) -> None:
+    """Not two, when the commit had been carried out, and not none, when it had not."""
+    outcome = Outcome(row_locks)
+    app, dispose = make_app(proxy, effects_app)
+    with outcome.sessions.begin() as session:
+        session.add(enqueue(effects_app.Write()))
+    proxy.cut_commit("INSERT INTO effect", when)
+    with app.worker():
+        assert proxy.cuts.acquire(timeout=20)
+        outcome.wait_for(succeeded=1)
+    dispose()
+    del app
+    gc.collect()  # not in a later test, which would be blamed for those sockets
+    assert outcome.effects() == (1, 1)
+    assert outcome.attempts() == (["released"] if when == "before" else [])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_claim_whose_reply_is_lost_is_given_back(
+    row_locks: Database, proxy: Proxy, effects_app: Any, when: When
+) -> None:
+    """The job is running by its row, and nobody runs it: the worker itself finds and releases it."""
+    outcome = Outcome(row_locks)
+    app, dispose = sync_app(proxy, effects_app)
+    with outcome.sessions.begin() as session:
+        session.add(enqueue(effects_app.Write()))
+    claim = "UPDATE sajobs_job SET state"
+    proxy.cut_commit(claim if row_locks.name == "mysql" else "SKIP LOCKED", when)
+    with app.worker(lease=timedelta(minutes=5)):
+        assert proxy.cuts.acquire(timeout=20)
+        outcome.wait_for(succeeded=1)
+    dispose()
+    assert outcome.effects() == (1, 1)
+    with outcome.sessions() as session:
+        assert session.scalars(select(Job.attempt)).one() == (1 if when == "before" else 2)
+        assert session.scalars(select(Job.failures)).one() == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failure_is_recorded_once_though_the_connection_breaks(
+    row_locks: Database, proxy: Proxy, effects_app: Any, when: When
+) -> None:
+    outcome = Outcome(row_locks)
+    from sqlalchemy import create_engine
+
+    engine = create_engine(proxy.url)
+    app = JobApp(sessionmaker(engine))
+
+    @app.handler(effects_app.Write)
+    def fails(session: Session, payload: Any) -> None:
+        raise ValueError("boom")
+
+    with outcome.sessions.begin() as session:
+        session.add(enqueue(effects_app.Write(), max_attempts=1))
+    proxy.cut_commit("INSERT INTO sajobs_attempt", when)
+    with app.worker():
+        assert proxy.cuts.acquire(timeout=20)
+        outcome.wait_for(failed=1)
+    engine.dispose()
+    assert outcome.attempts() == ["failed"]
+
+
+def test_a_database_that_is_away_is_waited_for_and_told_of_once(
+    row_locks: Database, proxy: Proxy, effects_app: Any, tmp_path: Path
+) -> None:
+    """At the start, and later with runs in flight."""
+    outcome = Outcome(row_locks)
+    proxy.stop()
+    with workers(row_locks, tmp_path, url=proxy.url) as (worker,):
+        worker.wait_for("the database is away")
+        proxy.start()
+        worker.wait_for("serves all queues")
+        with outcome.sessions.begin() as session:
+            session.add(enqueue(effects_app.Write("before")))
+        outcome.wait_for(succeeded=1)
+        proxy.stop()
+        worker.wait_for("the database is away", count=2)
+        with outcome.sessions.begin() as session:
+            session.add(enqueue(effects_app.Write("while away")))
+        proxy.start()
+        worker.wait_for("the database is back", count=2)
+        outcome.wait_for(succeeded=2)
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert worker.log.count("the database is away") == 2, worker.log
+        assert "Traceback" not in worker.log
+    assert outcome.effects() == (2, 2)

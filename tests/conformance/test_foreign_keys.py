@@ -1,0 +1,183 @@
+"""A table of the user's refers to jobs: what that refuses or locks holds up nothing else."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table, event, insert, select, text
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs import Job, JobState, Unique, job, transitions
+from sqlalchemy_jobs.claims import Claim
+from sqlalchemy_jobs.runs import Run
+from sqlalchemy_jobs.transitions import Failure
+from sqlalchemy_jobs.worker import maintenance
+from sqlalchemy_jobs.worker.leases import Lease
+from sqlalchemy_jobs.worker.maintenance import Maintenance
+from sqlalchemy_jobs.worker.settings import Settings
+from sqlalchemy_jobs.worker.settling import Settler
+from tests.conformance.test_transitions import LEASE, Bench, Note
+from tests.databases import Database
+
+RECEIPTS = Table(
+    "receipt",
+    MetaData(),
+    Column("id", Integer, primary_key=True),
+    Column("job_id", ForeignKey(Job.id)),  # no ON DELETE: the job's row cannot be deleted
+)
+
+
+class Referenced(Bench):
+    """Jobs, and receipts that refer to them; SQLite enforces that here, as the others do."""
+
+    def __init__(self, database: Database) -> None:
+        self.engine = database.engine()
+        if database.name == "sqlite":
+            event.listen(self.engine, "connect", _enforce)
+        super().__init__(database, self.engine)
+
+    def refer(self, session: Session, ids: list[uuid.UUID]) -> None:
+        session.execute(insert(RECEIPTS), [{"job_id": job_id} for job_id in ids])
+
+    def states(self) -> dict[uuid.UUID, str]:
+        found = self.do(lambda session: session.execute(select(Job.id, Job.state)).all())
+        return {row.id: row.state for row in found}
+
+
+@job("keyed", unique=Unique())
+@dataclass(frozen=True)
+class Keyed:
+    n: int = 0
+
+
+def _enforce(connection: Any, record: Any) -> None:
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def referenced(database: Database) -> Iterator[Referenced]:
+    bench = Referenced(database)
+    RECEIPTS.create(bench.engine)
+    yield bench
+    bench.control.close()
+    RECEIPTS.drop(bench.engine)
+
+
+@pytest.fixture
+def bench(database: Database) -> Iterator[Referenced]:
+    yield from referenced(database)
+
+
+def test_old_jobs_that_a_foreign_key_keeps_do_not_hold_up_the_others(
+    bench: Referenced, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor whatever else is to be done: the step of the loop goes on, and says it once for the kind."""
+    monkeypatch.setattr(maintenance, "PRUNE", 0.0)
+    lease = Lease(bench.control, LEASE, [], [], lambda: None, lambda reason, *, dead: None)
+    step = Maintenance(bench.control, lease, LEASE, {}, Settings(), lambda: None).step
+
+    def add_old(kind: str) -> uuid.UUID:
+        at = datetime.now(UTC) - timedelta(days=99)
+        job_id = uuid.uuid4()
+        old = Job(id=job_id, kind=kind, state="succeeded", finished_at=at, payload={})
+        bench.do(lambda session: session.add(old))
+        return job_id
+
+    kept = [add_old("a_kept"), add_old("a_kept")]
+    bench.do(lambda session: bench.refer(session, kept))
+    for _ in range(3):
+        add_old("b_free")
+        step()
+        assert set(bench.states()) == set(kept)
+    told = [each for each in caplog.messages if "cannot be deleted" in each]
+    assert len(told) == 1 and '"a_kept"' in told[0]
+
+
+@pytest.fixture
+def locking(row_locks: Database) -> Iterator[Referenced]:
+    yield from referenced(row_locks)
+
+
+@contextmanager
+def referring(bench: Referenced, ids: list[uuid.UUID]) -> Iterator[Callable[..., Any]]:
+    """Yields `do` while an open transaction refers to the jobs; what waits for that one is an error."""
+    name = bench.engine.dialect.name
+    limit = "lock_timeout = '20s'" if name == "postgresql" else "innodb_lock_wait_timeout = 20"
+
+    def do(work: Callable[[Session], Any]) -> Any:
+        def limited(session: Session) -> Any:
+            session.execute(text(f"SET SESSION {limit}"))
+            return work(session)
+
+        return bench.do(limited)
+
+    with Session(bench.engine) as open_transaction:
+        bench.refer(open_transaction, ids)
+        yield do
+
+
+def settle(transition: Any) -> Callable[[Session, list[Claim]], set[uuid.UUID]]:
+    """One by one, with the interface of complete_many."""
+    return lambda session, claims: {
+        claim.job_id for claim in claims if transitions.settle(session, claim, transition)
+    }
+
+
+ENDS = {
+    "complete_many": (transitions.complete_many, True),
+    "complete": (settle(transitions.complete), True),
+    "fail": (settle(partial(transitions.fail, failure=Failure("no"))), True),
+    "discard_many": (transitions.discard_many, False),
+    "discard": (settle(transitions.discard), False),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_end_of_a_run_does_not_wait_for_who_refers_to_its_job(
+    locking: Referenced, name: str
+) -> None:
+    """PostgreSQL lets a row change that is referred to, but not its keys: unique_slot is one."""
+    end, keeps_the_row = ENDS[name]
+    plain, keyed, plain_free, keyed_free = ids = locking.add(Note(), Keyed(1), Note(), Keyed(2))
+    claims = locking.claim(locking.worker(), kinds=("note", "keyed"))
+    with referring(locking, [plain, keyed]) as do:
+        done = do(lambda session: end(session, claims))
+    passes = keeps_the_row and locking.engine.dialect.name == "postgresql"
+    assert done == {plain_free, keyed_free} | ({plain} if passes else set())
+    assert done | locking.do(lambda session: end(session, claims)) == set(ids)
+
+
+def test_a_rescue_does_not_wait_for_who_refers_to_a_job(locking: Referenced) -> None:
+    plain, again, last, free = ids = [
+        *locking.add(Note(), Keyed(1)),
+        *locking.add(Keyed(2), Keyed(3), max_attempts=1),
+    ]
+    worker = locking.worker()
+    assert len(locking.claim(worker, kinds=("note", "keyed"))) == 4
+    seen = locking.heartbeat(worker)
+    with referring(locking, [plain, again, last]) as do:
+        rescued = do(lambda session: transitions.rescue(session, worker, seen))
+    passing = {plain, again} if locking.engine.dialect.name == "postgresql" else set()
+    assert rescued.keys() == {free} | passing
+    rest = locking.do(lambda session: transitions.rescue_orphans(session, worker))
+    assert rescued.keys() | rest.keys() == set(ids)
+
+
+def test_ends_that_a_foreign_key_refuses_do_not_hold_up_the_others(bench: Referenced) -> None:
+    ids = bench.add(*[Note()] * 4)
+    bench.do(lambda session: bench.refer(session, ids[:2]))
+    runs = {claim.job_id: Run(claim) for claim in bench.claim(bench.worker())}
+    settled: list[Run] = []
+    settler = Settler(bench.control, settled.append)
+    for job_id in ids[:3]:
+        settler.put(runs[job_id], transitions.discard)
+    settler.put(runs[ids[3]], transitions.complete)
+    settler.step()
+    assert {run.job_id for run in settled} == set(ids)
+    states = bench.states()
+    assert ids[2] not in states and states[ids[3]] == JobState.SUCCEEDED
+    assert {states[job_id] for job_id in ids[:2]} == {JobState.FAILED}

@@ -1,0 +1,54 @@
+"""The claim goes through its index on every database, whatever lies beside the due jobs."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text, update
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs import Job, dialects, enqueue, transitions
+from sqlalchemy_jobs.claims import Wanted
+from sqlalchemy_jobs.worker import leases
+from tests.conformance.test_transitions import Note
+from tests.databases import Database
+
+INDEX = {
+    "postgresql": "sajobs_job_ready",
+    "mysql": "sajobs_job_limited",
+    "sqlite": "USING INDEX sajobs_job_ready (state=? AND queue=? AND priority=? AND run_at<?)",
+}
+
+
+@pytest.mark.parametrize("analysed", [True, False])
+def test_a_claim_goes_through_its_index(database: Database, analysed: bool) -> None:
+    sent: list[tuple[str, Any]] = []
+    with Session(database.engine()) as session:
+        _fill(session)
+        if analysed:
+            session.execute(text(f"ANALYZE {'TABLE' * (database.name == 'mysql')} sajobs_job"))
+        worker = leases.register(session, timedelta(minutes=5))
+        connection = session.connection()
+        lanes = dialects.of(session).lanes(session, ())
+        event.listen(
+            connection,
+            "before_cursor_execute",
+            lambda _, cursor, sql, values, context, many: sent.append((sql, values)),
+        )
+        wanted = Wanted(worker, ["note"], lanes, {"default": 10}, 10)
+        assert len(transitions.claim(session, wanted)) == 10
+        *_, claim = (each for each in sent if "run_at" in each[0])  # of the last lane
+        explain = "EXPLAIN QUERY PLAN" if database.name == "sqlite" else "EXPLAIN"
+        plan = connection.exec_driver_sql(f"{explain} {claim[0]}", claim[1]).all()
+    said = "\n".join(str(row) for row in plan)
+    assert INDEX[database.name] in said, said
+    assert "Seq Scan on sajobs_job" not in said, said
+
+
+def _fill(session: Session) -> None:
+    """Due jobs, jobs for later at a better priority, and jobs that have ended."""
+    for options in ({}, {"delay": timedelta(hours=1), "priority": -1}, {"queue": "other"}):
+        made = [enqueue(Note(str(n)), **options) for n in range(500)]  # type: ignore[arg-type]
+        session.add_all(made)
+    session.flush()
+    session.execute(update(Job).where(Job.queue == "other").values(state="succeeded"))
