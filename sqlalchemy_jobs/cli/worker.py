@@ -36,6 +36,21 @@ def days(value: str) -> timedelta | None:
         ) from None
 
 
+def one_line(record: logging.LogRecord) -> bool:
+    """Have SQLAlchemy's pool tell of a broken connection in one line, as the worker does.
+
+    A rollback on the way back to the pool may be the first to notice; the pool logs its traceback and goes on.
+    """
+    from sqlalchemy_jobs.worker.availability import brief
+
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name.startswith("sqlalchemy.pool") and isinstance(error, Exception):
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.msg, record.args = "a connection was lost: %s", (brief(error),)
+        record.exc_info = record.exc_text = None
+    return True
+
+
 def seconds(minimum: float, *, open_: bool = False) -> dict[str, Any]:
     """An option that takes seconds and passes a timedelta on."""
     return {
@@ -158,6 +173,8 @@ def worker(
         format="%(asctime)s %(levelname)-7s %(message)s",
         datefmt="%H:%M:%S",
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(one_line)
     try:
         made = Worker(
             load_app(name, modules),

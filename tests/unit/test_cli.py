@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +15,11 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
+from sqlalchemy import QueuePool, create_engine, event
 
 from sqlalchemy_jobs import Worker
 from sqlalchemy_jobs.cli import main
+from sqlalchemy_jobs.cli.worker import one_line
 
 _numbers = itertools.count()
 
@@ -593,3 +596,28 @@ def test_a_queue_in_the_file_that_is_not_a_list_means_what_it_says_or_is_refused
     else:
         assert result.status == 2
         assert "queue" in result.stderr
+
+
+def test_a_connection_that_breaks_on_its_way_back_to_the_pool_is_told_of_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The rollback may be the first to notice; SQLAlchemy's pool logs that with a traceback."""
+    engine = create_engine("sqlite://", poolclass=QueuePool)
+
+    @event.listens_for(engine, "reset")
+    def broken(*_: object) -> None:
+        raise sqlite3.OperationalError("server closed the connection\nand more")
+
+    caplog.handler.addFilter(one_line)
+    try:
+        with engine.connect():
+            pass
+    finally:
+        caplog.handler.removeFilter(one_line)
+    assert "Traceback" not in caplog.text
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert (
+        record.getMessage()
+        == "a connection was lost: OperationalError: server closed the connection"
+    )
