@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 Lane: TypeAlias = tuple[str, int]
 """A queue and a priority: jobs of one lane are claimed by time."""
@@ -32,12 +32,14 @@ class Wanted:
     """Whether to take jobs that must run alone (``ALONE_FROM``), and only those."""
     never_alone: Sequence[str] = ()
     """Kinds whose jobs need not run alone: after a crash they are failed, and not run."""
+    ahead: bool = False
+    """Whether they may wait in the worker: then ``started_at`` stays NULL until the run's end, and what a crash
+    has met before is left to a claim whose jobs start at once."""
     durable: bool = False
     """Whether the claim must survive a crash of the server: it is what a later run is warned by."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A job as it was claimed for one run, and the proof of owning it. Crosses threads freely.
 
     (job_id, attempt, worker_id) names one run for ever.

@@ -23,8 +23,8 @@ from sqlalchemy_jobs.enqueue import checked_run_at
 from sqlalchemy_jobs.errors import DuplicateJob
 from sqlalchemy_jobs.models import Job
 from sqlalchemy_jobs.states import FINAL, UNFINISHED, JobState, Outcome
-from sqlalchemy_jobs.tables import TO_JOB, by_id, jobs, slot_in
-from sqlalchemy_jobs.transitions import Failure, final, record
+from sqlalchemy_jobs.tables import TO_JOB, by_id, final, jobs, slot_in
+from sqlalchemy_jobs.transitions import Failure, record
 
 
 def cancel(session: Session | scoped_session[Any], job_id: uuid.UUID, /, reason: str = "") -> bool:

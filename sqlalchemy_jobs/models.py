@@ -144,7 +144,8 @@ class Job(Base):
     scheduled_at: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
     """The tick of the schedule that made it; NULL for a job made by hand. Reserved: not written yet."""
     started_at: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
-    """When the latest run was claimed (the server's clock)."""
+    """When the latest run began (the server's clock). NULL while it is not known: a quick job may be claimed some
+    tenths of a second ahead; then it is when the run ended."""
     finished_at: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
     """When it became succeeded, failed or cancelled (the server's clock)."""
     result: Mapped[Any | None] = mapped_column(columns.json(), default=None)

@@ -242,13 +242,12 @@ def _check_name(value: object, what: str, longest: int, error: type[Exception]) 
 
 def family_of(cls: type) -> str | None:
     """Tell which library made a payload class; None: it has no fields."""
-    if hasattr(cls, "model_validate") and hasattr(cls, "model_dump"):
-        return "pydantic"
     if hasattr(cls, "__pydantic_validator__"):
-        return "pydantic dataclass"
-    if any(
-        hasattr(cls, each)
-        for each in ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__")
+        return "pydantic" if hasattr(cls, "model_validate") else "pydantic dataclass"
+    if (
+        hasattr(cls, "__dataclass_fields__")
+        or hasattr(cls, "__struct_fields__")
+        or hasattr(cls, "__attrs_attrs__")
     ):
         return "msgspec"
     return None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
@@ -88,14 +87,14 @@ class Run:
         """Make ``timed_out`` and ``should_stop`` true. For the worker."""
         self._timed_out = self._stop = True
 
-    @contextmanager
-    def as_current(self) -> Iterator[None]:
-        """Make this the current run. For the worker."""
-        token = _current.set(self)
-        try:
-            yield
-        finally:
-            _current.reset(token)
+    def enter(self) -> Token[Run]:
+        """Make this the current run until ``leave``. For the worker."""
+        return _current.set(self)
+
+    @staticmethod
+    def leave(token: Token[Run]) -> None:
+        """Make that the current run which was before ``enter``. For the worker."""
+        _current.reset(token)
 
     def __repr__(self) -> str:
         return f"<Run {self.attempt} of {self.kind} {self.job_id}>"

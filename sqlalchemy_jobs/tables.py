@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Table, Update, and_, case, func, literal_column
 
+from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.errors import ConfigurationError
 from sqlalchemy_jobs.models import Attempt, Job, WorkerRow, metadata
 from sqlalchemy_jobs.states import JobState
@@ -45,6 +46,20 @@ def slot_in(state: JobState, slot: Any = jobs.c.unique_slot) -> Any:
     """
     holds = jobs.c.unique_states.bitwise_and(literal_column(str(state.bit)))
     return case((holds != literal_column("0"), slot))
+
+
+BEGUN = {"started_at": func.coalesce(jobs.c.started_at, server_now())}
+"""What the end of every run sets: a job that was claimed ahead was quick, or it would not have been."""
+
+
+def final(state: JobState) -> dict[str, Any]:
+    """Return what every transition to a final state sets."""
+    return {
+        "state": state.value,
+        "worker_id": None,
+        "unique_slot": slot_in(state),
+        "finished_at": server_now(),
+    }
 
 
 def use_schema(name: str) -> None:

@@ -18,7 +18,17 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
 
-from sqlalchemy import CursorResult, and_, bindparam, delete, exists, insert, or_, select, update
+from sqlalchemy import (
+    CursorResult,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import dialects
@@ -27,11 +37,13 @@ from sqlalchemy_jobs.claims import Claim, Wanted
 from sqlalchemy_jobs.columns import microseconds, server_now
 from sqlalchemy_jobs.states import JobState, Outcome, WorkerState
 from sqlalchemy_jobs.tables import (
+    BEGUN,
     IS_READY,
     IS_RUNNING,
     TO_JOB,
     attempts,
     by_id,
+    final,
     jobs,
     slot_in,
     workers,
@@ -74,22 +86,25 @@ def complete_many(session: Session, claims: Sequence[Claim]) -> set[uuid.UUID]:
     dialect = dialects.of(session)
     done: set[uuid.UUID] = set()
     for (worker_id, attempt), ids in _by_run(claims).items():
-        done.update(
-            dialect.complete_many(
-                session, worker_id, attempt, ids, succeeded=final(JobState.SUCCEEDED)
-            )
-        )
+        done.update(dialect.complete_many(session, worker_id, attempt, ids))
     return done
 
 
 def discard_many(session: Session, claims: Sequence[Claim]) -> set[uuid.UUID]:
     """running -> deleted, as ``complete_many``."""
-    dialect = dialects.of(session)
-    done: set[uuid.UUID] = set()
-    for (worker_id, attempt), ids in _by_run(claims).items():
-        done.update(dialect.lock_owned(session, worker_id, attempt, ids, to_delete=True))
+    done = _lock_many(session, claims, to_delete=True)
     delete_locked(session, sorted(done))
     return done
+
+
+def _lock_many(
+    session: Session, claims: Sequence[Claim], *, to_delete: bool = False
+) -> set[uuid.UUID]:
+    lock_owned = dialects.of(session).lock_owned
+    locked: set[uuid.UUID] = set()
+    for (worker_id, attempt), ids in _by_run(claims).items():
+        locked.update(lock_owned(session, worker_id, attempt, ids, to_delete=to_delete))
+    return locked
 
 
 def delete_locked(session: Session, ids: Sequence[uuid.UUID]) -> None:
@@ -179,6 +194,18 @@ def lost_of(session: Session, claims: Sequence[Claim]) -> list[Claim]:
         )
 
     return [claim for claim in claims if is_lost(claim)]
+
+
+def give_back(session: Session, claim: Claim) -> bool:
+    """running -> ready, as if it had not been claimed: its handler was not called. In a fresh transaction."""
+    return bool(give_back_many(session, [claim]))
+
+
+def give_back_many(session: Session, claims: Sequence[Claim]) -> set[uuid.UUID]:
+    """The same for many, never waiting: as ``complete_many``."""
+    locked = _lock_many(session, claims)
+    session.execute(_GIVE_BACK, {"ids": sorted(locked)}, bind_arguments=TO_JOB)
+    return locked
 
 
 def settle(
@@ -283,9 +310,9 @@ def any_unfinished(session: Session, kinds: Sequence[str], queues: Sequence[str]
 def rescue_orphans(session: Session, worker_id: uuid.UUID) -> dict[uuid.UUID, JobState]:
     """running -> ready | failed for the jobs of a worker that is dead or gone; at most 500, by their ids.
 
-    Each counts a failure and a crash: a worker starts at once what it claims, so each of them had begun. The
-    first crash of a job is retried at once, later ones with backoff, and from ``ALONE_FROM`` on the
-    job runs alone. Rows that someone holds locked are left for the next sweep.
+    Each counts a crash, and a failure if it is known to have begun: what was claimed ahead may have been waiting
+    (the next time it starts at once). The first crash of a job is retried at once, later ones with backoff, and
+    from ``ALONE_FROM`` on the job runs alone. Rows that someone holds locked are left for the next sweep.
     """
     found = session.execute(
         select(
@@ -295,6 +322,7 @@ def rescue_orphans(session: Session, worker_id: uuid.UUID) -> dict[uuid.UUID, Jo
             jobs.c.crashes,
             jobs.c.max_attempts,
             jobs.c.unique_slot,
+            jobs.c.started_at,
         )
         .where(IS_RUNNING, jobs.c.worker_id == worker_id)
         .order_by(jobs.c.id)
@@ -303,7 +331,7 @@ def rescue_orphans(session: Session, worker_id: uuid.UUID) -> dict[uuid.UUID, Jo
         bind_arguments=TO_JOB,
     ).all()
     failure = Failure(f"worker {worker_id} died while running the job")
-    last = {row.id for row in found if row.failures + 1 >= row.max_attempts}
+    last = {row.id for row in found if row.started_at and row.failures + 1 >= row.max_attempts}
     keys = [row.id for row in found if row.id in last and row.unique_slot is not None]
     held = set(keys) - dialects.of(session).lock_keys(session, keys)
     rescued = {}
@@ -316,7 +344,7 @@ def rescue_orphans(session: Session, worker_id: uuid.UUID) -> dict[uuid.UUID, Jo
             rescued[row.id] = JobState.FAILED
         else:
             wait = quartic(row.crashes) if row.crashes else NO_WAIT
-            _to_ready(session, lost, wait, failed=1, crashed=1)
+            _to_ready(session, lost, wait, failed=int(row.started_at is not None), crashed=1)
             rescued[row.id] = JobState.READY
         record(session, lost, Outcome.CRASHED, failure)
     return rescued
@@ -326,16 +354,6 @@ def rescue_orphans(session: Session, worker_id: uuid.UUID) -> dict[uuid.UUID, Jo
 
 
 # The statements are made once: making one costs more than executing it.
-
-
-def final(state: JobState) -> dict[str, Any]:
-    """Return what every transition to a final state sets."""
-    return {
-        "state": state.value,
-        "worker_id": None,
-        "unique_slot": slot_in(state),
-        "finished_at": server_now(),
-    }
 
 
 def _fenced(**values: Any) -> Any:
@@ -352,16 +370,22 @@ _COUNTED = {
     "crashes": jobs.c.crashes + bindparam("crashed"),
 }
 _SUCCEED = _fenced(
-    result=bindparam("returned", type_=jobs.c.result.type), **final(JobState.SUCCEEDED)
+    result=bindparam("returned", type_=jobs.c.result.type), **final(JobState.SUCCEEDED), **BEGUN
 )
-_CANCEL = _fenced(**final(JobState.CANCELLED))
-_FAIL = _fenced(**final(JobState.FAILED), **_COUNTED)
+_CANCEL = _fenced(**final(JobState.CANCELLED), **BEGUN)
+_FAIL = _fenced(**final(JobState.FAILED), **BEGUN, **_COUNTED)
 _READY = _fenced(
     state="ready",
     worker_id=None,
     unique_slot=slot_in(JobState.READY),
     run_at=server_now("wait"),
+    **BEGUN,
     **_COUNTED,
+)
+_GIVE_BACK = (
+    by_id(update(jobs))
+    .where(jobs.c.id.in_(bindparam("ids", expanding=True)))
+    .values(state="ready", worker_id=None, unique_slot=slot_in(JobState.READY))
 )
 _DELETE = delete(jobs).where(_FENCE)
 _OWNED = select(jobs.c.id).where(_FENCE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import cached_property
@@ -30,7 +30,7 @@ from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Lane, Wanted
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.errors import UnsupportedServer
 from sqlalchemy_jobs.states import JobState, WorkerState
-from sqlalchemy_jobs.tables import IS_READY, TO_JOB, jobs, slot_in, workers
+from sqlalchemy_jobs.tables import BEGUN, IS_READY, TO_JOB, final, jobs, slot_in, workers
 
 MIGRATION_WAIT = 60
 """Seconds for which a migration waits for another one."""
@@ -66,6 +66,12 @@ _TAKE = (
         started_at=server_now(),
     )
 )
+_SUCCEED_LOCKED = (
+    update(jobs)
+    .where(jobs.c.id.in_(bindparam("ids", expanding=True)))
+    .values(**final(JobState.SUCCEEDED), **BEGUN)
+)
+_TAKE_AHEAD = _TAKE.values(started_at=None)
 
 
 class SessionLocks(ABC):
@@ -138,20 +144,24 @@ class Dialect(ABC):
                 lane = {"of_queue": queue, "of_priority": priority, "most": limit}
                 due = self._due_suspect if wanted.suspects else self._due
                 kinds = {"kinds": wanted.kinds, "never_alone": wanted.never_alone}
+                lane["crashed"] = 1 if wanted.ahead else ALONE_FROM
                 found = session.execute(due, lane | kinds, bind_arguments=TO_JOB).all()
                 rows += found
                 room[queue] -= len(found)
         if not rows:
             return []
         ids = sorted(row.id for row in rows)
-        session.execute(_TAKE, {"ids": ids, "by_worker": wanted.worker_id}, bind_arguments=TO_JOB)
+        take = _TAKE_AHEAD if wanted.ahead else _TAKE
+        session.execute(take, {"ids": ids, "by_worker": wanted.worker_id}, bind_arguments=TO_JOB)
         return [claim_of(row, row.attempt + 1, wanted.worker_id) for row in rows]
 
     # Statements are made once: making one costs more than executing it.
 
     @cached_property
     def _due(self) -> Any:
-        return self._due_where(or_(jobs.c.crashes < ALONE_FROM, jobs.c.kind.in_(_NEVER_ALONE)))
+        return self._due_where(
+            or_(jobs.c.crashes < bindparam("crashed"), jobs.c.kind.in_(_NEVER_ALONE))
+        )
 
     @cached_property
     def _due_suspect(self) -> Any:
@@ -189,14 +199,10 @@ class Dialect(ABC):
         worker_id: uuid.UUID,
         attempt: int,
         ids: Sequence[uuid.UUID],
-        *,
-        succeeded: Mapping[str, Any],
     ) -> Iterable[uuid.UUID]:
         """Lock what is free and ours, then update just that; returns those ids."""
         locked = self.lock_owned(session, worker_id, attempt, ids)
-        session.execute(
-            update(jobs).where(jobs.c.id.in_(locked)).values(succeeded), bind_arguments=TO_JOB
-        )
+        session.execute(_SUCCEED_LOCKED, {"ids": locked}, bind_arguments=TO_JOB)
         return locked
 
     def lock_owned(
@@ -299,19 +305,8 @@ def _in_order(wanted: Wanted) -> list[Lane]:
 
 
 def claim_of(row: Any, attempt: int, worker_id: uuid.UUID) -> Claim:
-    """Make a Claim of a row of ``CLAIMED`` columns."""
-    return Claim(
-        row.id,
-        attempt,
-        worker_id,
-        row.kind,
-        row.queue,
-        row.payload,
-        row.failures,
-        row.max_attempts,
-        row.headers,
-        row.crashes,
-    )
+    """Make a Claim of a row that begins with the ``CLAIMED`` columns."""
+    return Claim(row[0], attempt, worker_id, *row[2 : len(CLAIMED)])
 
 
 def waited_in_vain(where: str) -> str:

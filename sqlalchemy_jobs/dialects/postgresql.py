@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, cached_property
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
@@ -46,7 +47,7 @@ from sqlalchemy_jobs.dialects.base import (
 )
 from sqlalchemy_jobs.errors import EngineError, MigrationError
 from sqlalchemy_jobs.states import JobState
-from sqlalchemy_jobs.tables import HAS_NO_SLOT, TO_JOB, jobs, schema_of, workers
+from sqlalchemy_jobs.tables import BEGUN, HAS_NO_SLOT, TO_JOB, final, jobs, schema_of, workers
 
 _CONFLICTS = (
     "40001",  # serialization failure
@@ -89,7 +90,8 @@ WITH wanted (queue, room) AS MATERIALIZED (
   SELECT * FROM unnest(CAST(:queues AS varchar[]), CAST(:rooms AS int[]))
 )
 UPDATE {jobs}
-SET state = 'running', attempt = attempt + 1, worker_id = :worker_id, started_at = clock_timestamp(),
+SET state = 'running', attempt = attempt + 1, worker_id = :worker_id,
+  started_at = CASE WHEN NOT :ahead THEN clock_timestamp() END,
   unique_slot = CASE WHEN unique_states & {running} <> 0 THEN unique_slot END
 WHERE id = ANY (ARRAY(
   SELECT taken.id
@@ -106,12 +108,14 @@ WHERE id = ANY (ARRAY(
       WHERE job.state = 'ready' AND job.limit_key IS NULL
         AND job.queue = lane.queue AND job.priority = lane.priority AND job.run_at <= now()
         AND job.kind = ANY (CAST(:kinds AS varchar[]))
+        AND (job.crashes = 0 OR NOT :ahead)
         AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
       ORDER BY job.run_at, job.id LIMIT wanted.room FOR NO KEY UPDATE SKIP LOCKED) due
     WHERE lane.queue = wanted.queue LIMIT wanted.room) taken
   LIMIT :total))
 RETURNING id, attempt, kind, queue, payload, failures, max_attempts, headers, crashes, priority, run_at
 """
+_ORDER = itemgetter(len(CLAIMED), len(CLAIMED) + 1, 0)
 
 
 def _schema(session: Session) -> str | None:
@@ -174,9 +178,10 @@ def _claim(schema: str | None) -> TextualSelect:
             bindparam("worker_id", type_=Uuid()),
             bindparam("total", type_=Integer),
             bindparam("suspects", type_=Boolean),
+            bindparam("ahead", type_=Boolean),
             bindparam("durable", type_=Boolean),
         )
-        .columns(*CLAIMED, jobs.c.priority, jobs.c.run_at)
+        .columns(*CLAIMED, jobs.c.priority, column("run_at"))  # to be compared, not converted
     )
 
 
@@ -218,13 +223,14 @@ class PostgreSQL(Dialect):
                 "worker_id": wanted.worker_id,
                 "total": wanted.total,
                 "suspects": wanted.suspects,
+                "ahead": wanted.ahead,
                 "durable": wanted.durable,
             },
             bind_arguments=TO_JOB,
         ).all()
         # RETURNING has no order.
-        rows = sorted(rows, key=lambda row: (row.priority, row.run_at, row.id))
-        return [claim_of(row, row.attempt, wanted.worker_id) for row in rows]
+        rows = sorted(rows, key=_ORDER)
+        return [claim_of(row, row[1], wanted.worker_id) for row in rows]
 
     def complete_many(
         self,
@@ -232,13 +238,22 @@ class PostgreSQL(Dialect):
         worker_id: uuid.UUID,
         attempt: int,
         ids: Sequence[uuid.UUID],
-        *,
-        succeeded: Mapping[str, Any],
     ) -> Iterable[uuid.UUID]:
-        ours = (jobs.c.attempt == attempt, jobs.c.worker_id == worker_id)
+        return session.execute(
+            self._complete_many,
+            {"ids": list(ids), "in_attempt": attempt, "by_worker": worker_id},
+            bind_arguments=TO_JOB,
+        ).scalars()
+
+    @cached_property
+    def _complete_many(self) -> Any:
+        ours = (
+            jobs.c.attempt == bindparam("in_attempt"),
+            jobs.c.worker_id == bindparam("by_worker"),
+        )
         free = (
             select(jobs.c.id)
-            .where(jobs.c.id == func.any(bindparam("ids", list(ids), ARRAY(Uuid()))), *ours)
+            .where(jobs.c.id == func.any(bindparam("ids", type_=ARRAY(Uuid()))), *ours)
             .order_by(jobs.c.id)
         )
         # Giving up a slot changes a key of the row, so nobody may refer to it meanwhile: see lock_keys.
@@ -248,13 +263,12 @@ class PostgreSQL(Dialect):
             func.array(without.with_for_update(key_share=True, skip_locked=True).scalar_subquery()),
             func.array(with_slot.with_for_update(skip_locked=True).scalar_subquery()),
         )
-        return session.execute(
+        return (
             update(jobs)
             .where(jobs.c.id == func.any(locked), *ours)
-            .values(succeeded)
-            .returning(jobs.c.id),
-            bind_arguments=TO_JOB,
-        ).scalars()
+            .values(**final(JobState.SUCCEEDED), **BEGUN)
+            .returning(jobs.c.id)
+        )
 
     def migrating_alone(
         self, connection: Connection, schema: str | None

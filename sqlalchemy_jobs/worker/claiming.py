@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 import uuid
@@ -29,6 +30,48 @@ LANES_KEPT = 1.0
 """Seconds for which a worker under full load may miss a lane that is new."""
 RECONCILE = 10.0
 """Seconds between two reconciliations of an undisturbed worker."""
+AHEAD = 0.1
+"""Seconds of work that may wait in the worker, at the speed that was observed."""
+MOST_AHEAD = 1000
+MEASURED = 0.02
+"""Seconds for which the speed is observed at least."""
+LONGEST_AHEAD = 1.0
+"""Seconds after which a job that waits in the worker is given back: others may be idle. And between two claims for
+free slots, which alone take jobs that must not wait here: no handler is that slow in between."""
+
+
+class Speed:
+    """How many handlers end in a second, by queue, and so how many jobs may wait for a slot."""
+
+    def __init__(self, slots: Slots, limits: Mapping[str, int | None]) -> None:
+        self._slots = slots
+        self._limits = limits
+        self._measured_at = time.monotonic()
+        self._ended: Mapping[str, int] = {}
+        self._ahead: dict[str, int] = {}
+
+    def ahead(self) -> dict[str, int]:
+        """Return how many jobs of each queue are worth ``AHEAD`` seconds.
+
+        None where a slot takes longer than that for one: another worker may be quicker.
+        """
+        now = time.monotonic()
+        took = now - self._measured_at
+        if took >= MEASURED:
+            ended = self._slots.ended_counts()
+            worth = {
+                queue: int((count - self._ended.get(queue, 0)) / took * AHEAD)
+                for queue, count in ended.items()
+            }
+            self._measured_at, self._ended = now, ended
+            total = sum(worth.values())
+            share = min(1.0, MOST_AHEAD / max(total, 1))
+            self._ahead = {
+                queue: int(count * share)
+                for queue, count in worth.items()
+                if total > self._slots.total and count > (self._limits.get(queue) or 0)
+            }
+        return self._ahead
 
 
 class Claimer:
@@ -45,7 +88,8 @@ class Claimer:
         slots: Slots,
         handlers: Mapping[str, Handler],
         settings: Settings,
-        start: Callable[[Run], None],
+        start: Callable[[], None],
+        give_back: Callable[[list[Run]], None],
         drained: Callable[[], None],
     ) -> None:
         self._control = control
@@ -55,30 +99,44 @@ class Claimer:
         self._not_repeated = [
             kind for kind, each in handlers.items() if each.declaration.on_crash == "fail"
         ]
+        self._may_wait = [kind for kind in handlers if kind not in self._not_repeated]
         self._settings = settings
         self._start = start
+        self._give_back = give_back
         self._drained = drained
         self._poll = settings.poll_interval.total_seconds()
         self._idle_polls = 0
         self._lanes: list[Lane] = []
         self._lanes_until = 0.0
+        self._speed = Speed(slots, settings.limits)
+        self._ahead_until = 0.0
         self._reconcile_at = 0.0
         self._losses_seen = 0
-        self.starved = False
-        """Whether a slot that is given up lets it claim more."""
 
     def step(self) -> float:
         worker_id = self._lease.worker_id
         if worker_id is None:
             return SHORTEST_PAUSE
         self._reconcile(worker_id)
-        self.starved = True  # before looking: a slot that is given up meanwhile must wake this loop
-        free, _ = self._slots.room(())
-        if free <= 0:
+        self._give_back(self._slots.withdraw(LONGEST_AHEAD))
+        self._slots.wake_at = math.inf  # before looking: what is given up meanwhile wakes this loop
+        ahead = self._speed.ahead() if time.monotonic() < self._ahead_until else {}
+        free, _ = self._slots.room((), ahead)
+        enough = sum(ahead.values()) // 2
+        if free <= enough:
+            if ahead:
+                self._slots.wake_at = self._slots.total + enough
             self._tell_if_drained()
-            return self._poll
-        claims, asked = self._control.transaction(lambda session: self._claim(session, worker_id))
-        self._start_all([Run(claim) for claim in claims])
+            return min(self._poll, LONGEST_AHEAD) if self._slots.waiting else self._poll
+        claims, asked = self._control.transaction(
+            lambda session: self._claim(session, worker_id, ahead)
+        )
+        self._slots.take([Run(claim) for claim in claims])
+        self._start()
+        if not claims or len(claims) < asked:
+            self._ahead_until = 0.0
+        elif not ahead:
+            self._ahead_until = time.monotonic() + LONGEST_AHEAD
         if claims:
             self._idle_polls = 0
             return 0.0 if len(claims) >= asked else min(IDLE_WAITS[0], self._poll)
@@ -90,38 +148,30 @@ class Claimer:
         if self._settings.drain and self._slots.is_idle() and self._is_drained():
             self._drained()
 
-    def _start_all(self, runs: list[Run]) -> None:
-        """Start every run, also when one cannot be: what is claimed is ours to hand on."""
-        trouble = None
-        for run in runs:
-            if self._slots.take(run):
-                try:
-                    self._start(run)
-                except Exception as error:
-                    trouble = error
-        if trouble is not None:
-            raise trouble
-
-    def _claim(self, session: Session, worker_id: uuid.UUID) -> tuple[list[Claim], int]:
+    def _claim(
+        self, session: Session, worker_id: uuid.UUID, ahead: Mapping[str, int]
+    ) -> tuple[list[Claim], int]:
         lanes = self._find_lanes(session)
         queues = list({queue for queue, _ in lanes})
         random.shuffle(queues)  # where the room is less than the sum, no queue is always last
-        free, room = self._slots.room(queues)
+        free, room = self._slots.room(queues, ahead)
         asked = min(free, sum(room.values()))
-        self.starved = len(room) < len(queues)
+        if len(room) == len(queues):  # no slot that is given up would let it claim more
+            self._slots.wake_at = -1
         if asked <= 0:
             return [], 0
         wanted = Wanted(
             worker_id,
-            list(self._handlers),
+            self._may_wait if ahead else list(self._handlers),
             lanes,
             room,
             asked,
             never_alone=self._not_repeated,
             durable=self._control.durable,
+            ahead=bool(ahead),
         )
         claims = transitions.claim(session, wanted)
-        if not claims and not self._slots.running():
+        if not claims and not ahead and self._slots.has_no_run():
             claims = transitions.claim(session, replace(wanted, total=1, suspects=True))
         return claims, asked
 

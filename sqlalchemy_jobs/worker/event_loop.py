@@ -7,8 +7,8 @@ asyncio extension does it, so that the session's calls and the handler's corouti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection
@@ -35,20 +35,22 @@ class Async:
         self._sessions = sessions
         self._closing: set[asyncio.Future[None]] = set()  # the loop itself refers to them weakly
 
-    @contextmanager
-    def open(self) -> Iterator[tuple[Session, Any]]:
+    def open(self) -> tuple[Session, Any]:
         session = self._sessions()
-        try:
-            yield session.sync_session, session
-        finally:
-            # A task that was cancelled may be cancelled again: the connection must go back all the same.
-            closing = asyncio.ensure_future(session.close())
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-            await_only(asyncio.shield(closing))
+        return session.sync_session, session
 
-    def call(self, function: Callable[[], Any]) -> Any:
-        return await_only(function())
+    def close(self, session: Session, argument: Any) -> None:
+        if not session.in_transaction() and not session.identity_map:
+            session.close()  # it holds no connection
+            return
+        # A task that was cancelled may be cancelled again: the connection must go back all the same.
+        closing = asyncio.ensure_future(argument.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        await_only(asyncio.shield(closing))
+
+    def caller(self, handler: Handler, argument: Any) -> Callable[[Any], Any]:
+        return lambda payload: await_only(handler.function(argument, payload))
 
     def handling(self, run: Run, control: Control) -> Handling:
         return TaskHandling(run)
@@ -91,12 +93,14 @@ class EventLoop:
         supervisor: Supervisor,
         sessions: AsyncSessions,
         loop: asyncio.AbstractEventLoop | None,
+        start_more: Callable[[], None],
     ) -> None:
         self._supervisor = supervisor
         self._colour = Async(sessions)
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself refers to them weakly
         self._cancellable: dict[Run, asyncio.Task[None]] = {}
         self._sessions = sessions
+        self._start_more = start_more
         self._own = LoopThread("loop") if loop is None else None
         self._loop = self._own.loop if self._own else cast(asyncio.AbstractEventLoop, loop)
 
@@ -110,8 +114,11 @@ class EventLoop:
         """Apply a check to a connection such as handlers get; called from another thread."""
 
         def on_loop() -> None:
-            with self._colour.open() as (session, _):
+            session, argument = self._colour.open()
+            try:
                 check(session.connection(bind_arguments=TO_JOB))
+            finally:
+                self._colour.close(session, argument)
 
         asyncio.run_coroutine_threadsafe(greenlet_spawn(on_loop), self._loop).result()
 
@@ -137,6 +144,7 @@ class EventLoop:
     async def _work(self, run: Run, handler: Handler) -> None:
         if run.should_stop:
             self._supervisor.give_back(run)
+            self._start_more()
             return
         task = asyncio.current_task()
         assert task is not None
@@ -145,6 +153,7 @@ class EventLoop:
             await greenlet_spawn(self._supervisor.supervise, run, handler, self._colour)
         finally:
             del self._cancellable[run]
+            self._start_more()
 
     def _cancel(self, run: Run) -> None:
         # A task that is cancelled before its first step would never hand its run on: such a run was asked to

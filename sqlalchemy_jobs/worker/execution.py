@@ -68,7 +68,7 @@ def perform(
     CommitFailed.
     """
     run = handling.run
-    with guard.watching(session, handling, manual=handler.transaction == "manual") as watch:
+    with guard.Watch(session, handling, manual=handler.transaction == "manual") as watch:
         try:
             with handling:
                 payload = decode(handler.payload, run.claim.payload, handler.declaration.upgrade)
@@ -101,15 +101,19 @@ def perform(
     return None
 
 
-def call_through(middlewares: list[Middleware], run: Run, call: Callable[[], Any]) -> Any:
-    """Call with every middleware around it, the first outermost."""
-    if not middlewares:
-        return call()
-    with ExitStack() as stack:
-        for middleware in middlewares:
-            stack.enter_context(middleware(run))
-        return call()
-    raise LookupError(f"a middleware swallowed what the handler of {run.kind} raised")
+def through(
+    middlewares: list[Middleware], run: Run, call: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    """Return the same call with every middleware around it, the first outermost."""
+
+    def inside(payload: Any) -> Any:
+        with ExitStack() as stack:
+            for middleware in middlewares:
+                stack.enter_context(middleware(run))
+            return call(payload)
+        raise LookupError(f"a middleware swallowed what the handler of {run.kind} raised")
+
+    return inside if middlewares else call
 
 
 def classify(value: object, declaration: Declaration) -> Transition:

@@ -10,8 +10,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -36,15 +36,20 @@ log = logging.getLogger("sqlalchemy_jobs")
 
 T = TypeVar("T")
 
+Work = tuple[Run, Handler]
 Finish = Callable[[Run, Transition | None], None]
 """Takes a run whose handler has ended, and the transition that is still to be made."""
 
 
 class Colour(Protocol):
-    """How sync or async code opens a session, calls a handler and waits for something that blocks."""
+    """How sync or async code opens a session, calls a handler and waits for something that blocks.
 
-    def open(self) -> Any: ...
-    def call(self, function: Callable[[], Any]) -> Any: ...
+    ``open`` returns the session, and what the handler gets for it.
+    """
+
+    def open(self) -> tuple[Session, Any]: ...
+    def close(self, session: Session, argument: Any) -> None: ...
+    def caller(self, handler: Handler, argument: Any) -> Callable[[Any], Any]: ...
     def handling(self, run: Run, control: Control) -> Handling: ...
     def block(self, function: Callable[[], T]) -> T: ...
 
@@ -55,31 +60,29 @@ class Sync:
     def __init__(self, sessions: SyncSessions) -> None:
         self._sessions = sessions
 
-    @contextmanager
-    def open(self) -> Iterator[tuple[Session, Session]]:
-        scoped = self._sessions if isinstance(self._sessions, scoped_session) else None
+        self._scoped = sessions if isinstance(sessions, scoped_session) else None
+
+    def open(self) -> tuple[Session, Session]:
         session = self.make()
-        if scoped:
+        if self._scoped is not None:
             # Helpers that use the global session must write into this transaction.
-            scoped.registry.set(session)
-        try:
-            yield session, session
-        finally:
-            if scoped:
-                scoped.remove()  # closes it, too
-            else:
-                session.close()
+            self._scoped.registry.set(session)
+        return session, session
+
+    def close(self, session: Session, argument: Any) -> None:
+        if self._scoped is not None:
+            self._scoped.remove()  # closes it, too
+        else:
+            session.close()
 
     def make(self) -> Session:
         """Return a new session, also where the factory would return the thread's own."""
-        factory = self._sessions
-        if isinstance(factory, scoped_session):
-            factory = factory.session_factory
+        factory = self._sessions if self._scoped is None else self._scoped.session_factory
         session: Session = factory()
         return session
 
-    def call(self, function: Callable[[], Any]) -> Any:
-        return function()
+    def caller(self, handler: Handler, argument: Any) -> Callable[[Any], Any]:
+        return partial(handler.function, argument)
 
     def handling(self, run: Run, control: Control) -> Handling:
         return ThreadHandling(run, control)
@@ -101,8 +104,8 @@ class Supervisor:
         self._handlings: dict[Run, Handling] = {}
 
     def give_back(self, run: Run) -> None:
-        """Release a run whose handler was not even called."""
-        self._finish(run, execution.released("the worker stopped"))
+        """Give back a run whose handler was not even called."""
+        self._finish(run, transitions.give_back)
 
     def interrupt(self, runs: Iterable[Run]) -> None:
         """Interrupt the handlers of runs that are given up, where they are at work."""
@@ -123,8 +126,12 @@ class Supervisor:
             handling.deadline = time.monotonic() + timeout.total_seconds()
             self._timeouts.watch(handling)
         try:
-            with run.as_current(), self._app.context():
-                transition = self._outcome(handling, handler, colour)
+            token = run.enter()
+            try:
+                with self._app.context():
+                    transition = self._outcome(handling, handler, colour)
+            finally:
+                run.leave(token)
         except BaseException as error:  # of the context itself
             transition = self._classified(error, handling, handler)
         del self._handlings[run]
@@ -158,9 +165,13 @@ class Supervisor:
         run = handling.run
         for rerun in range(execution.RERUNS + 1):
             try:
-                with colour.open() as (session, argument):
-                    call = self._caller(run, handler, colour, argument)
+                session, argument = colour.open()
+                try:
+                    call = colour.caller(handler, argument)
+                    call = execution.through(self._app.middlewares, run, call)
                     return execution.perform(session, handling, handler, call)
+                finally:
+                    colour.close(session, argument)
             except LeaseLost:
                 changed = execution.lost_or_changed(
                     run, still_owned=bool(self._still_owned(run, colour))
@@ -202,18 +213,6 @@ class Supervisor:
             return rerun == 0
         return rerun < execution.RERUNS and self._control.dialect.is_conflict(error)
 
-    def _caller(
-        self, run: Run, handler: Handler, colour: Colour, argument: Any
-    ) -> Callable[[Any], Any]:
-        def call(payload: Any) -> Any:
-            return execution.call_through(
-                self._app.middlewares,
-                run,
-                lambda: colour.call(lambda: handler.function(argument, payload)),
-            )
-
-        return call
-
     def _still_owned(self, run: Run, colour: Colour) -> bool | None:
         """Ask the row; None when it cannot be asked now."""
         try:
@@ -230,11 +229,18 @@ class Supervisor:
 class Threads:
     """Runs sync handlers on daemon threads, made as they are needed."""
 
-    def __init__(self, supervisor: Supervisor, sessions: SyncSessions, most: int) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        sessions: SyncSessions,
+        most: int,
+        next_work: Callable[[], Work | None],
+    ) -> None:
         self._supervisor = supervisor
         self._colour = Sync(sessions)
         self._most = most
-        self._work: queue.SimpleQueue[tuple[Run, Handler] | None] = queue.SimpleQueue()
+        self._next_work = next_work
+        self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._serving: set[Run] = set()
         self._idle = 0
         self._count = 0
@@ -249,16 +255,25 @@ class Threads:
 
     def replace(self, run: Run) -> None:
         """Count no more on the thread of a run that does not come back."""
-        with self._lock:
-            if run in self._serving:
-                self._lose(run)
+        if self._give_up(run):
+            self._lose()
 
-    def _lose(self, run: Run) -> None:
-        self._serving.remove(run)
-        self._count -= 1
-        if self._idle < 0:
-            with suppress(RuntimeError):  # no thread can be started now: the next run tries again
-                self._add_thread()
+    def _give_up(self, run: Run) -> bool:
+        """Decide, in one step, whether a thread goes on after its run or is replaced."""
+        try:
+            self._serving.remove(run)
+        except KeyError:
+            return False
+        return True
+
+    def _lose(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._idle < 0:
+                with suppress(
+                    RuntimeError
+                ):  # no thread can be started now: the next run tries again
+                    self._add_thread()
 
     def _add_thread(self) -> None:
         if self._count >= self._most:
@@ -284,17 +299,17 @@ class Threads:
 
     def _serve(self) -> None:
         while (work := self._work.get()) is not None:
-            run, handler = work
-            with self._lock:
+            while work is not None:
+                run, handler = work
                 self._serving.add(run)
-            sound = self._serve_run(run, handler)
-            with self._lock:
-                if run not in self._serving:
+                sound = self._serve_run(run, handler)
+                if not self._give_up(run):
                     return  # it was replaced
                 if not sound:  # who knows what the exception has left behind in its thread
-                    self._lose(run)
+                    self._lose()
                     return
-                self._serving.remove(run)
+                work = self._next_work()
+            with self._lock:
                 self._idle += 1
 
     def _serve_run(self, run: Run, handler: Handler) -> bool:

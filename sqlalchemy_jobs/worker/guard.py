@@ -11,8 +11,6 @@ stand on the Session class, since per-instance listeners cost as much as the res
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session, SessionTransaction
@@ -26,9 +24,10 @@ _KEY = "sqlalchemy_jobs.watch"
 
 
 class Watch:
-    """What is known of one run's session."""
+    """What is known of one run's session, which it watches for the length of the run."""
 
-    def __init__(self, handling: Handling, manual: bool) -> None:
+    def __init__(self, session: Session, handling: Handling, *, manual: bool) -> None:
+        self._session = session
         self.handling = handling
         self.manual = manual
         self.settling = False
@@ -37,6 +36,13 @@ class Watch:
         self.databases: set[Engine] = set()
         """The engines that its transactions have used."""
         self._ended: str | None = None
+
+    def __enter__(self) -> Watch:
+        self._session.info[_KEY] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.info.pop(_KEY, None)
 
     def check(self) -> None:
         """Refuse the return of a handler that ended its transaction.
@@ -85,16 +91,6 @@ class Watch:
             raise LeaseLost(
                 f"job {claim.job_id} belongs to another run by now: nothing was committed"
             )
-
-
-@contextmanager
-def watching(session: Session, handling: Handling, *, manual: bool) -> Iterator[Watch]:
-    """Watch a session for the length of a run."""
-    watch = session.info[_KEY] = Watch(handling, manual)
-    try:
-        yield watch
-    finally:
-        session.info.pop(_KEY, None)
 
 
 def install() -> None:

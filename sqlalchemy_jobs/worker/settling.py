@@ -6,7 +6,7 @@ import logging
 import queue
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -52,7 +52,7 @@ class Settler:
     lost reply changes nothing.
     """
 
-    def __init__(self, control: Control, settled: Callable[[Run], None]) -> None:
+    def __init__(self, control: Control, settled: Callable[[Sequence[Run]], None]) -> None:
         self._control = control
         self._settled = settled
         self._incoming: queue.SimpleQueue[tuple[Run, Transition]] = queue.SimpleQueue()
@@ -67,6 +67,7 @@ class Settler:
             self._open.append(self._incoming.get())
         self._complete_together(transitions.complete, transitions.complete_many)
         self._complete_together(transitions.discard, transitions.discard_many)
+        self._complete_together(transitions.give_back, transitions.give_back_many)
         trouble = None
         for run, transition in list(self._open):
             try:
@@ -151,4 +152,4 @@ class Settler:
         self._open = [each for each in self._open if each[0] not in closed]
         for run in runs:
             self._troubles.pop(run, None)
-            self._settled(run)
+        self._settled(runs)

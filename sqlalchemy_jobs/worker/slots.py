@@ -1,15 +1,19 @@
-"""Which runs this worker owns, and for how many more it has room."""
+"""Which runs this worker owns, which of them wait for a slot, and for how many more it has room."""
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from sqlalchemy_jobs.claims import ALONE_FROM
 from sqlalchemy_jobs.runs import Run
 
+NONE: Mapping[str, int] = MappingProxyType({})
 RunKey = tuple[uuid.UUID, int, uuid.UUID]
 MOST_UNSETTLED = 2000
 """No more is claimed while so many runs have ended and are not written down yet."""
@@ -20,41 +24,86 @@ def key_of(run: Run) -> RunKey:
 
 
 class Slots:
-    """A run takes a slot from its claim until its handler has ended, and is owned until it is settled.
+    """A run is owned from its claim until it is settled; it waits for a slot, and keeps it until its handler ends.
 
-    ``changed`` is called, without the lock, whenever a slot or an ownership was given up.
+    ``changed`` is called, without the lock, when a slot or an ownership was given up and no more than ``wake_at``
+    runs are left that wait or have a slot, or none is left to be settled.
     """
 
     def __init__(
         self, total: int, limits: Mapping[str, int | None], changed: Callable[[], None]
     ) -> None:
-        self._total = total
+        self.total = total
         self._most_hung = max(1, total // 2)
         """How many may hang for nothing; each has a connection of the application's pool."""
         self._limits = limits
         self._changed = changed
+        self.wake_at: float = math.inf
         self._lock = threading.Lock()
         self._owned: dict[RunKey, Run] = {}
         self._running: dict[RunKey, Run] = {}
+        self._waiting: dict[str, deque[tuple[float, Run]]] = {}
+        """By queue, with the time of the claim: the longest waiting first."""
+        self._waiting_count = 0
         self._hung: set[RunKey] = set()
         self._by_queue: Counter[str] = Counter()
+        self._ended: Counter[str] = Counter()
 
-    def take(self, run: Run) -> bool:
-        """Own a claimed run; False when it is owned already (its claim was lost in a crash of the
-        server and made again: it must not start a second time)."""
+    # --- the life of a run --------------------------------------------------------------------------
+
+    def take(self, runs: Iterable[Run]) -> None:
+        """Own claimed runs, and have them wait; but not one that is owned already.
+
+        Its claim was lost in a crash of the server and made again: it must not start a second time.
+        """
+        now = time.monotonic()
         with self._lock:
-            if key_of(run) in self._owned:
-                return False
-            self._owned[key_of(run)] = self._running[key_of(run)] = run
+            for run in runs:
+                key = key_of(run)
+                if key not in self._owned:
+                    self._owned[key] = run
+                    self._waiting.setdefault(run.queue, deque()).append((now, run))
+                    self._waiting_count += 1
+
+    def next(self) -> Run | None:
+        """Give a slot to the run that waits longest of those whose queue has room."""
+        if not self._waiting_count:
+            return None
+        with self._lock:
+            if len(self._running) + self.lost >= self.total:
+                return None
+            first = None
+            for queue, waiting in self._waiting.items():
+                limit = self._limits.get(queue)
+                has_room = limit is None or self._by_queue[queue] < limit
+                if waiting and has_room and (first is None or waiting[0][0] < first[0][0]):
+                    first = waiting
+            if first is None:
+                return None
+            _, run = first.popleft()
+            self._waiting_count -= 1
+            self._running[key_of(run)] = run
             self._by_queue[run.queue] += 1
-            return True
+            return run
+
+    def withdraw(self, waited: float = 0.0) -> list[Run]:
+        """Take those back that have waited for so many seconds; they stay owned until they are settled."""
+        until = time.monotonic() - waited
+        withdrawn = []
+        with self._lock:
+            for waiting in self._waiting.values():
+                while waiting and waiting[0][0] <= until:
+                    withdrawn.append(waiting.popleft()[1])
+            self._waiting_count -= len(withdrawn)
+        return withdrawn
 
     def ended(self, run: Run) -> bool:
         """Free the slot of a run whose handler has ended; False when it was given up before."""
         with self._lock:
             self._hung.discard(key_of(run))
             freed = self._free(run)
-        self._changed()
+            self._ended[run.queue] += 1
+        self._tell()
         return freed
 
     def give_up(self, run: Run) -> bool:
@@ -63,7 +112,7 @@ class Slots:
             freed = self._free(run)
             if freed:
                 self._hung.add(key_of(run))
-        self._changed()
+        self._tell()
         return freed
 
     def _free(self, run: Run) -> bool:
@@ -71,26 +120,40 @@ class Slots:
         self._by_queue[run.queue] -= freed
         return freed
 
-    @property
-    def lost(self) -> int:
-        """How many slots are not used, since as many handlers hang beyond what is allowed."""
-        return max(0, len(self._hung) - self._most_hung)
-
-    def disown(self, run: Run) -> None:
-        """Forget a run that is settled, or whose job belongs to another one."""
+    def disown(self, runs: Iterable[Run]) -> None:
+        """Forget runs that are settled, or whose jobs belong to others."""
         with self._lock:
-            self._owned.pop(key_of(run), None)
-        self._changed()
+            for run in runs:
+                self._owned.pop(key_of(run), None)
+        self._tell()
 
     def disown_all(self) -> list[Run]:
         """Forget every run, and return them: their worker was declared dead or is going away."""
         with self._lock:
             runs = list(self._owned.values())
             self._owned.clear()
+            self._waiting.clear()
+            self._waiting_count = 0
         for run in runs:
             run.ask_to_stop()
-        self._changed()
+        self._tell()
         return runs
+
+    def _tell(self) -> None:
+        if len(self._running) + self._waiting_count <= self.wake_at or not self._owned:
+            self._changed()
+
+    # --- what there is ------------------------------------------------------------------------------
+
+    @property
+    def lost(self) -> int:
+        """How many slots are not used, since as many handlers hang beyond what is allowed."""
+        return max(0, len(self._hung) - self._most_hung)
+
+    @property
+    def waiting(self) -> int:
+        """How many runs wait for a slot."""
+        return self._waiting_count
 
     def owned(self) -> list[Run]:
         with self._lock:
@@ -105,18 +168,34 @@ class Slots:
         with self._lock:
             return not self._owned and not self._running
 
-    def room(self, queues: Sequence[str]) -> tuple[int, dict[str, int]]:
-        """Return the free slots in all, and those of each queue that has any."""
+    def has_no_run(self) -> bool:
+        """Tell whether no handler is running, and none is about to."""
         with self._lock:
-            free = self._total - len(self._running) - self.lost
+            return not self._running and not self._waiting_count
+
+    def ended_counts(self) -> dict[str, int]:
+        """Return how many handlers have ended so far, by queue."""
+        with self._lock:
+            return dict(self._ended)
+
+    def room(
+        self, queues: Sequence[str], ahead: Mapping[str, int] = NONE
+    ) -> tuple[int, dict[str, int]]:
+        """Return the room in all, and that of each queue that has any: ``ahead`` says how many may wait."""
+        with self._lock:
             if any(run.claim.crashes >= ALONE_FROM for run in self._running.values()):
-                free = 0
-            if len(self._owned) > MOST_UNSETTLED + self._total:
-                free = 0
+                return 0, {}
+            if len(self._owned) > MOST_UNSETTLED + self.total:
+                return 0, {}
+            free = self.total - self.lost - len(self._running) - self._waiting_count
+            free += sum(ahead.values())
             rooms = {}
             for queue in queues:
                 limit = self._limits.get(queue)
-                room = free if limit is None else min(free, limit - self._by_queue[queue])
+                room = free
+                if limit is not None:
+                    taken = self._by_queue[queue] + len(self._waiting.get(queue, ()))
+                    room = min(free, limit + ahead.get(queue, 0) - taken)
                 if room > 0:
                     rooms[queue] = room
             return free, rooms

@@ -45,6 +45,8 @@ class Timeouts:
         self._wake()
 
     def forget(self, handling: Handling) -> None:
+        if handling not in self._watched and handling not in self._leaving:
+            return  # if it is called off just now: whoever has ended is not reached any more
         with self._lock:
             self._watched.pop(handling, None)
             self._leaving.discard(handling)

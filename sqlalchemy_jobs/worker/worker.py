@@ -14,6 +14,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
+from sqlalchemy_jobs import transitions
 from sqlalchemy_jobs.app import JobApp
 from sqlalchemy_jobs.errors import ConfigurationError
 from sqlalchemy_jobs.runs import Run
@@ -22,7 +23,7 @@ from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.claiming import Claimer
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.execution import Transition
-from sqlalchemy_jobs.worker.executors import Supervisor, Threads
+from sqlalchemy_jobs.worker.executors import Supervisor, Threads, Work
 from sqlalchemy_jobs.worker.handling import Handling
 from sqlalchemy_jobs.worker.leases import Lease, own_name
 from sqlalchemy_jobs.worker.locks import SessionLock
@@ -276,13 +277,13 @@ class _Parts:
         self._supervisor = supervisor
         self._threads: Threads | None = None
         if app.sessions is not None:
-            self._threads = Threads(supervisor, app.sessions, self._total)
+            self._threads = Threads(supervisor, app.sessions, self._total, self._next_for_thread)
         self._loop: EventLoop | None = None
         if any(handler.is_async for handler in self._handlers.values()):
             from sqlalchemy_jobs.worker.event_loop import EventLoop
 
             assert app.async_sessions is not None
-            self._loop = EventLoop(supervisor, app.async_sessions, loop)
+            self._loop = EventLoop(supervisor, app.async_sessions, loop, self._start_waiting)
         self._lock: SessionLock | None = None
         if (locks := self._control.dialect.session_locks) is not None:
             self._lock = SessionLock(Control(engine, self.availability), locks, settings.lease)
@@ -309,7 +310,8 @@ class _Parts:
             self.slots,
             self._handlers,
             settings,
-            self._start,
+            self._start_waiting,
+            self._give_back,
             lambda: self._inbox.put("drained"),
         )
         self._lookout = Lookout(self._control, self.slots, self._call_off)
@@ -364,6 +366,7 @@ class _Parts:
             self._ending.set()
         if self._begun:
             log.info("stopping: %d runs in flight", len(self.slots.running()))
+        self._give_back(self.slots.withdraw())
         stop_together(self._claiming, self._maintaining)
 
     def release_runs(self) -> None:
@@ -407,21 +410,44 @@ class _Parts:
     def _is_async(self, run: Run) -> bool:
         return self._handlers[run.kind].is_async
 
+    def _start_waiting(self) -> None:
+        """Start what waits for a slot and gets one."""
+        if self._ending.is_set():  # a claim that was on its way
+            self._give_back(self.slots.withdraw())
+        trouble = None
+        while (run := self.slots.next()) is not None:
+            try:
+                self._start(run)
+            except Exception as error:  # the others are ours to start as well
+                trouble = error
+        if trouble is not None:
+            raise trouble
+
     def _start(self, run: Run) -> None:
         handler = self._handlers[run.kind]
-        executor = self._loop if handler.is_async else self._threads
-        if self._ending.is_set():  # a claim that was on its way
-            self._on_end(run, execution.released("the worker stopped"))
-            return
         if run.claim.crashes and handler.declaration.on_crash == "fail":
             self._on_end(run, execution.not_repeated(run))
             return
+        executor = self._loop if handler.is_async else self._threads
         try:
             assert executor is not None
             executor.start(run, handler)
         except BaseException:
             self._on_end(run, execution.released("the worker could not start it"))
             raise
+
+    def _next_for_thread(self) -> Work | None:
+        """Return a waiting run for the thread that has just ended one: so it need not be woken."""
+        while (run := self.slots.next()) is not None:
+            handler = self._handlers[run.kind]
+            if not handler.is_async and not run.claim.crashes:
+                return run, handler
+            self._start(run)
+        return None
+
+    def _give_back(self, runs: list[Run]) -> None:
+        for run in runs:
+            self._settle(run, transitions.give_back)
 
     def _settle(self, run: Run, transition: Transition) -> None:
         self._settler.put(run, transition)
@@ -431,7 +457,7 @@ class _Parts:
         if not self.slots.ended(run):
             return  # it was given up, and its end is written down
         if transition is None:
-            self.slots.disown(run)
+            self.slots.disown([run])
         else:
             self._settle(run, transition)
 
@@ -455,10 +481,10 @@ class _Parts:
         if not self._is_async(run):
             assert self._threads is not None
             self._threads.replace(run)
+        self._start_waiting()
 
     def _on_change(self) -> None:
-        if self._claimer.starved or self._settings.drain:
-            self._claiming.wake()
+        self._claiming.wake()
         if self._ending.is_set():
             self._inbox.put("changed")
 

@@ -172,7 +172,7 @@ def test_ends_that_a_foreign_key_refuses_do_not_hold_up_the_others(bench: Refere
     bench.do(lambda session: bench.refer(session, ids[:2]))
     runs = {claim.job_id: Run(claim) for claim in bench.claim(bench.worker())}
     settled: list[Run] = []
-    settler = Settler(bench.control, settled.append)
+    settler = Settler(bench.control, settled.extend)
     for job_id in ids[:3]:
         settler.put(runs[job_id], transitions.discard)
     settler.put(runs[ids[3]], transitions.complete)

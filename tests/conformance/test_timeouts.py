@@ -607,7 +607,9 @@ def test_half_as_many_runs_as_there_are_slots_may_hang_for_nothing(
     held = slots.Slots(total, {}, lambda: None)
     for hung in range(1, allowed + total + 1):
         run = Run(Claim(uuid.uuid4(), 1, uuid.uuid4()))
-        assert held.take(run) and held.give_up(run)
+        held.take([run])
+        assert held.next() is run and held.give_up(run)
+        held.disown([run])
         assert held.room(())[0] == total - max(0, hung - allowed)
 
 
@@ -615,9 +617,11 @@ def test_a_run_that_ends_while_it_is_given_up_is_ended_once() -> None:
     """Whoever is first hands it on, and the slot is freed once."""
     held = slots.Slots(1, {}, lambda: None)
     run = Run(Claim(uuid.uuid4(), 1, uuid.uuid4()))
-    assert held.take(run) and held.give_up(run) and not held.ended(run)
+    held.take([run])
+    assert held.next() and held.give_up(run) and not held.ended(run)
     run = Run(Claim(uuid.uuid4(), 1, uuid.uuid4()))
-    assert held.take(run) and held.ended(run) and not held.give_up(run)
+    held.take([run])
+    assert held.next() and held.ended(run) and not held.give_up(run)
     assert held.room(())[0] == 1
 
 

@@ -3,7 +3,7 @@
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -173,10 +173,10 @@ def test_nobody_else_moves_it(bench: Bench, name: str) -> None:
     move = transitions.discard if name == "discard" else BY_A_RUN[name][0]
     claim = bench.claimed()
     for stranger in (
-        replace(claim, attempt=2),
-        replace(claim, attempt=0),
-        replace(claim, worker_id=uuid.uuid4()),
-        replace(claim, job_id=uuid.uuid4()),
+        claim._replace(attempt=2),
+        claim._replace(attempt=0),
+        claim._replace(worker_id=uuid.uuid4()),
+        claim._replace(job_id=uuid.uuid4()),
     ):
         assert bench.do(lambda session, c=stranger: move(session, c)) is False  # type: ignore[misc]
     assert bench.job(claim.job_id).state == JobState.RUNNING
@@ -192,7 +192,7 @@ def test_discarding_deletes_what_is_owned_with_its_attempts_and_nothing_else(ben
     for claim in bench.claim(bench.worker()):
         bench.do(lambda session, c=claim: transitions.snooze(session, c, delay=timedelta(0)))  # type: ignore[misc]
     one, other, *many = bench.claim(bench.worker())
-    strange = replace(many[0], attempt=1)
+    strange = many[0]._replace(attempt=1)
 
     assert bench.do(lambda session: transitions.discard(session, one)) is True
     assert bench.do(lambda session: transitions.discard(session, one)) is False
