@@ -241,6 +241,17 @@ class Dialect(ABC):
         locked = session.scalars(free.with_for_update(skip_locked=True), bind_arguments=TO_JOB)
         return set(locked)
 
+    def completing_commit(self, connection: Connection, claim: Claim) -> str | None:
+        """Return a statement that completes a run and commits, in one round trip; None: it takes two here.
+
+        Without parameters. It raises, and commits nothing, when the run does not own its job.
+        """
+        return None
+
+    def is_lease_lost(self, error: BaseException) -> bool:
+        """Tell whether that statement raised since the run does not own its job."""
+        return False
+
     # --- interrupting -----------------------------------------------------------------------------
 
     def cancellable(self, connection: Connection) -> Any:

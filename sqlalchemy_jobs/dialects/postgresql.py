@@ -115,6 +115,18 @@ WHERE id = ANY (ARRAY(
   LIMIT :total))
 RETURNING id, attempt, kind, queue, payload, failures, max_attempts, headers, crashes, priority, run_at
 """
+_LEASE_LOST = "sajobs: another run owns the job"
+# One simple query of two statements: one round trip, and no COMMIT is sent for an error. The fence has to raise:
+# no rows would be no error. Both ids are UUID objects, so nothing is to be escaped.
+_COMPLETE_AND_COMMIT = f"""
+WITH completed AS (
+  UPDATE {{jobs}} SET state = 'succeeded', worker_id = NULL, result = NULL,
+    unique_slot = CASE WHEN unique_states & {JobState.SUCCEEDED.bit} <> 0 THEN unique_slot END,
+    started_at = coalesce(started_at, clock_timestamp()), finished_at = clock_timestamp()
+  WHERE id = '{{job_id}}' AND attempt = {{attempt}} AND worker_id = '{{worker_id}}' RETURNING 1)
+SELECT CAST(CASE count(*) WHEN 1 THEN '1' ELSE '{_LEASE_LOST}' END AS int) FROM completed;
+COMMIT
+"""
 _ORDER = itemgetter(len(CLAIMED), len(CLAIMED) + 1, 0)
 
 
@@ -197,7 +209,11 @@ def _in_schema(statement: str, schema: str | None) -> str:
 
 def _quoted(name: str) -> str:
     """Quote a name for ``text()``, to which a colon begins a parameter and a percent sign is one."""
-    return '"' + name.replace('"', '""').replace(":", r"\:") + '"'
+    return '"' + _doubled(name).replace(":", r"\:") + '"'
+
+
+def _doubled(name: str) -> str:
+    return name.replace('"', '""')
 
 
 class PostgreSQL(Dialect):
@@ -269,6 +285,23 @@ class PostgreSQL(Dialect):
             .values(**final(JobState.SUCCEEDED), **BEGUN)
             .returning(jobs.c.id)
         )
+
+    def completing_commit(self, connection: Connection, claim: Claim) -> str | None:
+        # psycopg 3 sees that the transaction has ended and sends no second COMMIT; other drivers would, or refuse
+        # two statements.
+        if not connection.dialect.driver not in ("psycopg", "psycopg_async"):
+            return None
+        schema = schema_of(connection)
+        table = jobs.name if schema is None else f'"{_doubled(schema)}".{jobs.name}'
+        return _COMPLETE_AND_COMMIT.format(
+            jobs=table.replace("%", "%%"),  # to the driver one is a parameter
+            job_id=claim.job_id,
+            attempt=claim.attempt,
+            worker_id=claim.worker_id,
+        )
+
+    def is_lease_lost(self, error: BaseException) -> bool:
+        return _LEASE_LOST in str(getattr(error, "orig", None))
 
     def migrating_alone(
         self, connection: Connection, schema: str | None

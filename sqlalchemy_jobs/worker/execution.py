@@ -46,6 +46,7 @@ log = logging.getLogger("sqlalchemy_jobs")
 
 Transition = Callable[[Session, Claim], bool]
 
+_NOT_OURS = "job {} belongs to another run by now: nothing was written"
 NOT_KEPT = timedelta(0)
 
 RERUNS = 5
@@ -88,13 +89,15 @@ def perform(
             else:
                 session.invalidate()
             raise
-        if not transition(session, run.claim):
-            raise LeaseLost(f"job {run.job_id} belongs to another run by now: nothing was written")
-        watch.settling = True
         held_since = watch.began_at
+        if not watch.completes_by_its_commit(transition) and not transition(session, run.claim):
+            raise LeaseLost(_NOT_OURS.format(run.job_id))
+        watch.settling = True
         try:
             session.commit()
         except BaseException as error:
+            if watch.is_lease_lost(error):
+                raise LeaseLost(_NOT_OURS.format(run.job_id)) from error
             raise CommitFailed from error
         _warn_of_long_write(session, handler, held_since)
         _warn_of_two_databases(watch, handler)

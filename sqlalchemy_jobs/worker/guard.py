@@ -15,12 +15,15 @@ import time
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session, SessionTransaction
 
+from sqlalchemy_jobs import dialects, transitions
+from sqlalchemy_jobs.dialects.base import Dialect
 from sqlalchemy_jobs.errors import HandlerEndedTransaction, LeaseLost, RunInterrupted
 from sqlalchemy_jobs.models import Job
 from sqlalchemy_jobs.tables import TO_JOB, jobs
 from sqlalchemy_jobs.worker.handling import Handling
 
 _KEY = "sqlalchemy_jobs.watch"
+_COMMIT = "sqlalchemy_jobs.commit"
 
 
 class Watch:
@@ -36,6 +39,7 @@ class Watch:
         self.databases: set[Engine] = set()
         """The engines that its transactions have used."""
         self._ended: str | None = None
+        self._dialect: Dialect | None = None
 
     def __enter__(self) -> Watch:
         self._session.info[_KEY] = self
@@ -55,6 +59,27 @@ class Watch:
                 "the transaction to the worker, use session.begin_nested() for partial rollbacks, or "
                 'register the handler with transaction="manual"'
             )
+
+    def completes_by_its_commit(self, transition: object) -> bool:
+        """Have the commit carry the completion, where that saves a round trip, and tell whether it does."""
+        if transition is not transitions.complete or self._session.twophase:
+            return False
+        connection = self._session.connection(bind_arguments=TO_JOB)
+        if len(self.databases) > 1:
+            return False
+        dialect = dialects.named(connection.dialect.name)
+        statement = dialect.completing_commit(connection, self.handling.run.claim)
+        if statement is None:
+            return False
+        if not event.contains(connection.engine, "commit", _on_commit):
+            event.listen(connection.engine, "commit", _on_commit)
+        # For this transaction only: should the commit fail before it gets there, others will use the connection.
+        connection.info[_COMMIT] = connection.get_transaction(), statement
+        self._dialect = dialect
+        return True
+
+    def is_lease_lost(self, error: BaseException) -> bool:
+        return self._dialect is not None and self._dialect.is_lease_lost(error)
 
     def before_commit(self, session: Session) -> None:
         if self.settling or session.in_nested_transaction():
@@ -99,6 +124,13 @@ def install() -> None:
         event.listen(Session, "before_commit", _before_commit)
         event.listen(Session, "after_begin", _after_begin)
         event.listen(Session, "after_transaction_end", _after_transaction_end)
+
+
+def _on_commit(connection: Connection) -> None:
+    """Commit by a statement of ours: what the driver sends next finds no transaction."""
+    transaction, statement = connection.info.pop(_COMMIT, (None, ""))
+    if transaction is not None and transaction is connection.get_transaction():
+        connection.exec_driver_sql(statement).close()
 
 
 def _before_commit(session: Session) -> None:
