@@ -33,8 +33,8 @@ RECONCILE = 10.0
 AHEAD = 0.1
 """Seconds of work that may wait in the worker, at the speed that was observed."""
 MOST_AHEAD = 1000
-MEASURED = 0.02
-"""Seconds for which the speed is observed at least."""
+ROUNDS = 4
+"""How often every slot has to be used, on the average, before the speed is believed."""
 LONGEST_AHEAD = 1.0
 """Seconds after which a job that waits in the worker is given back: others may be idle. And between two claims for
 free slots, which alone take jobs that must not wait here: no handler is that slow in between."""
@@ -57,8 +57,9 @@ class Speed:
         """
         now = time.monotonic()
         took = now - self._measured_at
-        if took >= MEASURED:
-            ended = self._slots.ended_counts()
+        ended = self._slots.ended_counts()
+        runs = sum(ended.values()) - sum(self._ended.values())
+        if took > 0 and (runs >= ROUNDS * self._slots.total or took >= LONGEST_AHEAD):
             worth = {
                 queue: int((count - self._ended.get(queue, 0)) / took * AHEAD)
                 for queue, count in ended.items()

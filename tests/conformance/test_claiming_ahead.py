@@ -1,0 +1,243 @@
+"""Quick jobs are claimed before a slot is free; what such a claim may and may not do to them."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs import Attempt, Job, JobApp, JobState, Worker, enqueue_many, job, transitions
+from sqlalchemy_jobs.claims import Claim, Wanted
+from sqlalchemy_jobs.worker import claiming
+from tests.conformance.test_poison import until
+from tests.conformance.test_transitions import Bench
+from tests.databases import Database
+
+
+@job("quick", max_attempts=3)
+@dataclass(frozen=True)
+class Quick:
+    n: int = 0
+
+
+@job("once", on_crash="fail")
+@dataclass(frozen=True)
+class Once:
+    n: int = 0
+
+
+@pytest.fixture
+def claims(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Wanted, list[Claim]]]:
+    """What workers asked for, and what they got."""
+    made: list[tuple[Wanted, list[Claim]]] = []
+    claim = transitions.claim
+
+    def noted(session: Session, wanted: Wanted) -> list[Claim]:
+        got = claim(session, wanted)
+        made.append((wanted, got))
+        return got
+
+    monkeypatch.setattr(transitions, "claim", noted)
+    return made
+
+
+@pytest.fixture
+def always_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have workers believe that every handler is quick."""
+    monkeypatch.setattr(claiming.Speed, "ahead", lambda self: {"default": 40})
+
+
+def states(database: Database) -> Counter[str]:
+    with database.sessions()() as session:
+        return Counter(session.scalars(select(Job.state)))
+
+
+def add(database: Database, *payloads: Any, **options: Any) -> None:
+    with database.sessions().begin() as session:
+        enqueue_many(session, payloads, **options)
+
+
+def test_quick_jobs_are_claimed_ahead_and_each_runs_once(
+    database: Database, claims: list[tuple[Wanted, list[Claim]]]
+) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    ran: list[int] = []
+    app.handler(Quick)(lambda session, payload: ran.append(payload.n))
+    add(database, *(Quick(n) for n in range(3000)))
+    assert Worker(app, drain=True, concurrency=2).run()
+    assert sorted(ran) == list(range(3000))
+    assert max(len(got) for wanted, got in claims if wanted.ahead) > 10
+    with database.sessions()() as session:
+        rows = session.execute(select(Job.state, Job.attempt, Job.started_at <= Job.finished_at))
+        assert set(rows.all()) == {("succeeded", 1, True)}
+
+
+def test_a_slow_handler_claims_no_more_than_it_has_slots_for(
+    database: Database, claims: list[tuple[Wanted, list[Claim]]]
+) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    pause = threading.Event()
+    app.handler(Quick)(lambda session, payload: pause.wait(0.2) and None)
+    add(database, *(Quick(n) for n in range(8)))
+    assert Worker(app, drain=True, concurrency=2).run()
+    assert max(len(got) for _, got in claims) == 2
+
+
+class AheadBench(Bench):
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.database = database
+
+    def claim_ahead(self, *, ahead: bool = True) -> list[Claim]:
+        worker = self.worker()
+        wanted = Wanted(worker, ["quick"], [("default", 0)], {"default": 9}, 9, ahead=ahead)
+        return self.do(lambda session: transitions.claim(session, wanted))
+
+    def die(self, claim: Claim) -> None:
+        self.do(lambda session: transitions.rescue_orphans(session, claim.worker_id))
+
+    def one(self) -> Job:
+        with self.database.sessions()() as session:
+            return session.scalars(select(Job)).one()
+
+
+def test_a_crash_counts_no_failure_of_a_job_that_may_not_have_begun(database: Database) -> None:
+    """But it counts a crash: then the job is claimed for a free slot only, and its next crash does count."""
+    bench = AheadBench(database)
+    add(database, Quick())
+    (claim,) = bench.claim_ahead()
+    assert bench.one().started_at is None
+    bench.die(claim)
+    found = bench.one()
+    assert (found.state, found.failures, found.crashes) == (JobState.READY, 0, 1)
+    assert bench.claim_ahead() == []
+    (claim,) = bench.claim_ahead(ahead=False)
+    assert claim.attempt == 2 and bench.one().started_at is not None
+    bench.die(claim)
+    found = bench.one()
+    assert (found.failures, found.crashes) == (1, 2)
+    with database.sessions()() as session:
+        outcomes = session.scalars(select(Attempt.outcome).order_by(Attempt.attempt)).all()
+    assert outcomes == ["crashed", "crashed"]
+    bench.control.close()
+
+
+def test_a_last_attempt_that_may_not_have_begun_is_made_again(database: Database) -> None:
+    bench = AheadBench(database)
+    add(database, Quick(), max_attempts=1)
+    (claim,) = bench.claim_ahead()
+    bench.die(claim)
+    assert bench.one().state == JobState.READY
+    (claim,) = bench.claim_ahead(ahead=False)
+    bench.die(claim)
+    assert bench.one().state == JobState.FAILED
+    bench.control.close()
+
+
+def test_what_must_not_be_repeated_is_never_claimed_ahead(
+    database: Database, claims: list[tuple[Wanted, list[Claim]]], always_ahead: None
+) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    for payload in (Quick, Once):
+        app.handler(payload)(lambda session, payload: None)
+    add(database, *(Quick(n) for n in range(100)), *(Once(n) for n in range(20)))
+    assert Worker(app, drain=True, concurrency=2).run()
+    assert states(database) == {"succeeded": 120}
+    kinds = {wanted.ahead: {each.kind for each in got} for wanted, got in claims if got}
+    assert kinds[True] == {"quick"} and "once" in kinds[False]
+
+
+@dataclass
+class Held:
+    """A worker whose first run does not end before it is told to."""
+
+    database: Database
+    began: threading.Event
+    go_on: threading.Event
+    app: JobApp[Any, Any]
+
+
+@pytest.fixture
+def held(database: Database) -> Held:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    found = Held(database, threading.Event(), threading.Event(), app)
+
+    @app.handler(Quick)
+    def handler(session: Session, payload: Quick) -> None:
+        found.began.set()
+        found.go_on.wait(60)
+
+    return found
+
+
+def test_what_waits_for_long_is_given_back_as_it_was(
+    held: Held, always_ahead: None, claims: list[tuple[Wanted, list[Claim]]]
+) -> None:
+    """Another worker may be idle."""
+    add(held.database, *(Quick(n) for n in range(20)), run_at=datetime(2025, 1, 1, tzinfo=UTC))
+
+    def due() -> dict[Any, datetime]:
+        with held.database.sessions()() as session:
+            return {row.id: row.run_at for row in session.execute(select(Job.id, Job.run_at))}
+
+    before = due()
+    with held.app.worker(concurrency=1):
+        assert held.began.wait(60)
+        until(lambda: any(wanted.ahead and len(got) == 19 for wanted, got in claims))
+        until(lambda: states(held.database) == {"running": 1, "ready": 19})
+        assert due() == before
+        with held.database.sessions()() as session:
+            assert session.scalar(select(func.max(Job.failures))) == 0
+            assert session.scalar(select(func.count()).select_from(Attempt)) == 0
+        held.go_on.set()
+        until(lambda: states(held.database) == {"succeeded": 20})
+
+
+def test_what_waits_is_given_back_at_once_when_the_worker_is_told_to_stop(
+    held: Held, always_ahead: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "LONGEST_AHEAD", 600.0)
+    add(held.database, *(Quick(n) for n in range(20)))
+    worker = Worker(held.app, concurrency=1)
+    ended: list[bool] = []
+    running = threading.Thread(target=lambda: ended.append(worker.run()))
+    running.start()
+    until(lambda: states(held.database) == {"running": 20})
+    worker.stop()
+    until(lambda: states(held.database) == {"running": 1, "ready": 19})
+    held.go_on.set()
+    running.join(60)
+    assert ended == [True]
+    assert states(held.database) == {"succeeded": 1, "ready": 19}
+
+
+def test_a_queue_runs_no_more_at_once_than_it_may(
+    row_locks: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming.Speed, "ahead", lambda self: {"mail": 30, "default": 30})
+    app: JobApp[Any, Any] = JobApp(row_locks.sessions())
+    running: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    lock = threading.Lock()
+    pause: Callable[[float], bool] = threading.Event().wait
+
+    @app.handler(Quick)
+    def handler(session: Session, payload: Quick) -> None:
+        queue = "mail" if payload.n else "default"
+        with lock:
+            running[queue] += 1
+            most[queue] = max(most[queue], running[queue])
+        pause(0.002)
+        with lock:
+            running[queue] -= 1
+
+    add(row_locks, *[Quick(1)] * 150, queue="mail")
+    add(row_locks, *[Quick(0)] * 150)
+    assert Worker(app, drain=True, queues={"mail": 2, "default": 4}).run()
+    assert states(row_locks) == {"succeeded": 300}
+    assert most["mail"] <= 2 and most["default"] <= 4
