@@ -289,7 +289,7 @@ class PostgreSQL(Dialect):
     def completing_commit(self, connection: Connection, claim: Claim) -> str | None:
         # psycopg 3 sees that the transaction has ended and sends no second COMMIT; other drivers would, or refuse
         # two statements.
-        if not connection.dialect.driver not in ("psycopg", "psycopg_async"):
+        if connection.dialect.driver not in ("psycopg", "psycopg_async"):
             return None
         schema = schema_of(connection)
         table = jobs.name if schema is None else f'"{_doubled(schema)}".{jobs.name}'

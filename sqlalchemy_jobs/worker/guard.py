@@ -11,6 +11,7 @@ stand on the Session class, since per-instance listeners cost as much as the res
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session, SessionTransaction
@@ -130,7 +131,14 @@ def _on_commit(connection: Connection) -> None:
     """Commit by a statement of ours: what the driver sends next finds no transaction."""
     transaction, statement = connection.info.pop(_COMMIT, (None, ""))
     if transaction is not None and transaction is connection.get_transaction():
-        connection.exec_driver_sql(statement).close()
+        try:
+            connection.exec_driver_sql(statement).close()
+        except BaseException:
+            # SQLAlchemy takes a commit that raises for the end of the transaction.
+            if not connection.invalidated:
+                with suppress(Exception):
+                    connection.connection.rollback()
+            raise
 
 
 def _before_commit(session: Session) -> None:

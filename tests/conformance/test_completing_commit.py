@@ -1,0 +1,141 @@
+"""The commit of a run carries its completion: together, in one round trip where the driver can, and for itself only."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import event, select, text
+from sqlalchemy.orm import Session, sessionmaker
+
+from sqlalchemy_jobs import Job, JobApp, Worker, enqueue
+from tests.conformance.test_runs import Act
+from tests.databases import Database
+from tests.domain import Effect
+
+
+class Statements(list[str]):
+    """What is sent to the server by an engine, transactions' ends included."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__()
+        event.listen(engine, "before_cursor_execute", self._executed)
+        event.listen(engine, "rollback", lambda connection: self.append("ROLLBACK"))
+
+    def _executed(
+        self, connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any
+    ) -> None:
+        self.append(statement)
+
+
+def run(database: Database, handler: Callable[[Session, Act], Any]) -> Statements:
+    engine = database.engine(pool_size=1, max_overflow=0)
+    sessions = sessionmaker(engine)
+    app: JobApp[Any, Any] = JobApp(sessions)
+    app.handler(Act)(handler)
+    with sessions.begin() as session:
+        session.add(enqueue(Act(), max_attempts=2))
+    statements = Statements(engine)
+    assert Worker(app, drain=True, concurrency=1).run()
+    return statements
+
+
+def write(session: Session, payload: Act) -> None:
+    session.add(Effect(note="done"))
+
+
+def found(database: Database) -> tuple[str, int, int]:
+    with database.sessions()() as session:
+        job = session.scalars(select(Job)).one()
+        return job.state, job.failures, len(session.scalars(select(Effect)).all())
+
+
+def test_a_run_costs_one_statement_more_than_its_handler(database: Database) -> None:
+    statements = run(database, write)
+    sent = [each for each in statements if "sajobs_worker" not in each]
+    inserts = [each for each in sent if each.startswith("INSERT INTO effect")]
+    completions = [each for each in sent if "UPDATE" in each and "finished_at" in each]
+    assert len(inserts) == len(completions) == 1
+    assert ("COMMIT" in completions[0]) == (database.name == "postgresql")
+    assert found(database) == ("succeeded", 0, 1)
+
+
+def test_a_commit_that_fails_before_it_is_sent_leaves_nothing_to_the_next_transaction(
+    database: Database,
+) -> None:
+    """The pool has one connection: what the failed run left on it would be sent by whoever commits next."""
+    refused: list[bool] = []
+
+    def handler(session: Session, payload: Act) -> None:
+        session.add(Effect(note="done"))
+
+        @event.listens_for(session, "before_commit")
+        def refuse(session: Session) -> None:
+            if not refused:
+                refused.append(True)
+                raise RuntimeError("not this time")
+
+    run(database, handler)
+    assert refused and found(database) == ("succeeded", 1, 1)
+    with database.sessions()() as session:
+        assert [each.outcome for each in session.scalars(select(Job)).one().attempts] == ["failed"]
+
+
+def test_what_a_listener_adds_at_the_commit_commits_with_the_run(database: Database) -> None:
+    def handler(session: Session, payload: Act) -> None:
+        session.add(Effect(note="handler"))
+        event.listen(
+            session,
+            "before_commit",
+            lambda session: session.add(Effect(note="listener")),
+            once=True,
+        )
+
+    run(database, handler)
+    assert found(database) == ("succeeded", 0, 2)
+
+
+def test_a_constraint_that_is_checked_at_the_commit_fails_the_run(database: Database) -> None:
+    if database.name != "postgresql":
+        pytest.skip("only PostgreSQL defers constraints that tests can make")
+    with database.engine().begin() as connection:
+        connection.execute(
+            text("ALTER TABLE effect ADD UNIQUE (note) DEFERRABLE INITIALLY DEFERRED")
+        )
+    with database.sessions().begin() as session:
+        session.add(Effect(note="done"))
+    run(database, write)
+    assert found(database) == ("failed", 2, 1)
+    with database.sessions()() as session:
+        attempts = session.scalars(select(Job)).one().attempts
+        assert all("IntegrityError" in (each.error_type or "") for each in attempts)
+
+
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_a_run_whose_job_was_taken_commits_nothing(row_locks: Database, isolation: str) -> None:
+    """The fence fails at the commit: with no row, or with a serialization failure."""
+    engine = row_locks.engine(isolation_level=isolation)
+    sessions = sessionmaker(engine)
+    app: JobApp[Any, Any] = JobApp(sessions)
+    taken: list[bool] = []
+
+    @app.handler(Act)
+    def handler(session: Session, payload: Act) -> None:
+        session.add(Effect(note="done"))
+        session.flush()
+        if not taken:
+            taken.append(True)
+            with row_locks.sessions().begin() as other:
+                other.execute(
+                    text(
+                        "UPDATE sajobs_job SET state = 'ready', worker_id = NULL, attempt = attempt + 1"
+                    )
+                )
+
+    with sessions.begin() as session:
+        session.add(enqueue(Act(), delay=timedelta(0)))
+    assert Worker(app, drain=True, concurrency=1).run()
+    with row_locks.sessions()() as session:
+        job = session.scalars(select(Job)).one()
+        assert (job.state, job.attempt, job.failures) == ("succeeded", 3, 0)
+        assert len(session.scalars(select(Effect)).all()) == 1
