@@ -33,7 +33,7 @@ from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import dialects
 from sqlalchemy_jobs.backoff import quartic
-from sqlalchemy_jobs.claims import Claim, Wanted
+from sqlalchemy_jobs.claims import Claim, Lane, Wanted
 from sqlalchemy_jobs.columns import microseconds, server_now
 from sqlalchemy_jobs.states import JobState, Outcome, WorkerState
 from sqlalchemy_jobs.tables import (
@@ -75,6 +75,11 @@ def claim(session: Session, wanted: Wanted) -> list[Claim]:
     that was declared dead claims nothing.
     """
     return dialects.of(session).claim(session, wanted)
+
+
+def lanes_of_suspects(session: Session, wanted: Wanted) -> list[Lane]:
+    """Return the lanes at whose head there are jobs that must run alone; locks nothing."""
+    return dialects.of(session).lanes_of_suspects(session, wanted)
 
 
 def complete_many(session: Session, claims: Sequence[Claim]) -> set[uuid.UUID]:

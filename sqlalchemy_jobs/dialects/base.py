@@ -19,6 +19,7 @@ from sqlalchemy import (
     TableClause,
     and_,
     bindparam,
+    exists,
     or_,
     select,
     update,
@@ -34,6 +35,9 @@ from sqlalchemy_jobs.tables import BEGUN, IS_READY, TO_JOB, final, jobs, slot_in
 
 MIGRATION_WAIT = 60
 """Seconds for which a migration waits for another one."""
+
+HEAD = 100
+"""How many jobs of a lane are looked through for one that must run alone: the claim passes those by."""
 
 Transaction: TypeAlias = Callable[[Callable[[Session], Any]], Any]
 
@@ -155,7 +159,29 @@ class Dialect(ABC):
         session.execute(take, {"ids": ids, "by_worker": wanted.worker_id}, bind_arguments=TO_JOB)
         return [claim_of(row, row.attempt + 1, wanted.worker_id) for row in rows]
 
+    def lanes_of_suspects(self, session: Session, wanted: Wanted) -> list[Lane]:
+        """Return the lanes with a suspect among their first due jobs."""
+        kinds = {"kinds": wanted.kinds, "never_alone": wanted.never_alone}
+        return [
+            (queue, priority)
+            for queue, priority in wanted.lanes
+            if session.scalar(
+                self._suspect_at_head,
+                {"of_queue": queue, "of_priority": priority, **kinds},
+                bind_arguments=TO_JOB,
+            )
+        ]
+
     # Statements are made once: making one costs more than executing it.
+
+    @cached_property
+    def _suspect_at_head(self) -> Any:
+        # The clock in a sub-select is read once, and so bounds the scan on PostgreSQL too.
+        now = select(server_now()).scalar_subquery()
+        head = self._due_in_lane(select(jobs.c.kind, jobs.c.crashes), now).limit(HEAD).subquery()
+        return select(
+            exists().where(head.c.crashes >= ALONE_FROM, head.c.kind.not_in(_NEVER_ALONE))
+        )
 
     @cached_property
     def _due(self) -> Any:
@@ -170,17 +196,21 @@ class Dialect(ABC):
     def _due_where(self, condition: Any) -> Any:
         """Lock and return the due jobs of one lane, the longest due first."""
         return (
-            self._by_ready_index(select(*CLAIMED))
+            self._due_in_lane(select(*CLAIMED).where(condition), server_now())
+            .limit(bindparam("most", type_=Integer))
+            .with_for_update(key_share=True, skip_locked=True)
+        )
+
+    def _due_in_lane(self, statement: Any, now: Any) -> Any:
+        return (
+            self._by_ready_index(statement)
             .where(
                 jobs.c.queue == bindparam("of_queue"),
                 jobs.c.priority == bindparam("of_priority"),
-                jobs.c.run_at <= server_now(),
+                jobs.c.run_at <= now,
                 jobs.c.kind.in_(bindparam("kinds", expanding=True)),
-                condition,
             )
             .order_by(jobs.c.run_at, jobs.c.id)
-            .limit(bindparam("most", type_=Integer))
-            .with_for_update(key_share=True, skip_locked=True)
         )
 
     def _by_ready_index(self, statement: Any) -> Any:

@@ -16,6 +16,7 @@ from sqlalchemy_jobs import dialects, transitions
 from sqlalchemy_jobs.app import Handler
 from sqlalchemy_jobs.claims import Claim, Lane, Wanted
 from sqlalchemy_jobs.runs import Run
+from sqlalchemy_jobs.worker.clearing import Clearing
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.leases import Lease
 from sqlalchemy_jobs.worker.loops import SHORTEST_PAUSE
@@ -113,6 +114,7 @@ class Claimer:
         self._ahead_until = 0.0
         self._reconcile_at = 0.0
         self._losses_seen = 0
+        self._clearing = Clearing()
 
     def step(self) -> float:
         worker_id = self._lease.worker_id
@@ -171,9 +173,16 @@ class Claimer:
             durable=self._control.durable,
             ahead=bool(ahead),
         )
-        claims = transitions.claim(session, wanted)
-        if not claims and not ahead and self._slots.has_no_run():
-            claims = transitions.claim(session, replace(wanted, total=1, suspects=True))
+        suspects = self._clearing.lanes(session, wanted)
+        if suspects:
+            self._slots.wake_at = math.inf
+        claims = [] if suspects else transitions.claim(session, wanted)
+        if claims or not self._slots.is_idle():
+            self._clearing.begin_if_needed(session, wanted)
+        else:
+            self._clearing.end()
+            alone = replace(wanted, lanes=suspects or lanes, total=1, suspects=True, ahead=False)
+            claims = transitions.claim(session, alone)
         return claims, asked
 
     def _find_lanes(self, session: Session) -> list[Lane]:

@@ -168,11 +168,6 @@ class Slots:
         with self._lock:
             return not self._owned and not self._running
 
-    def has_no_run(self) -> bool:
-        """Tell whether no handler is running, and none is about to."""
-        with self._lock:
-            return not self._running and not self._waiting_count
-
     def ended_counts(self) -> dict[str, int]:
         """Return how many handlers have ended so far, by queue."""
         with self._lock:

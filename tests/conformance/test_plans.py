@@ -20,8 +20,17 @@ INDEX = {
 }
 
 
+def _claim(session: Session, wanted: Wanted) -> None:
+    assert len(transitions.claim(session, wanted)) == 10
+
+
+def _look_for_suspects(session: Session, wanted: Wanted) -> None:
+    assert transitions.lanes_of_suspects(session, wanted) == []
+
+
 @pytest.mark.parametrize("analysed", [True, False])
-def test_a_claim_goes_through_its_index(database: Database, analysed: bool) -> None:
+@pytest.mark.parametrize("look", [_claim, _look_for_suspects])
+def test_a_claim_goes_through_its_index(database: Database, look: Any, analysed: bool) -> None:
     sent: list[tuple[str, Any]] = []
     with Session(database.engine()) as session:
         _fill(session)
@@ -35,14 +44,17 @@ def test_a_claim_goes_through_its_index(database: Database, analysed: bool) -> N
             "before_cursor_execute",
             lambda _, cursor, sql, values, context, many: sent.append((sql, values)),
         )
-        wanted = Wanted(worker, ["note"], lanes, {"default": 10}, 10)
-        assert len(transitions.claim(session, wanted)) == 10
-        *_, claim = (each for each in sent if "run_at" in each[0])  # of the last lane
+        look(session, Wanted(worker, ["note"], lanes, {"default": 10}, 10))
+        *_, last = (each for each in sent if "run_at" in each[0])  # of the last lane
         explain = "EXPLAIN QUERY PLAN" if database.name == "sqlite" else "EXPLAIN"
-        plan = connection.exec_driver_sql(f"{explain} {claim[0]}", claim[1]).all()
+        plan = connection.exec_driver_sql(f"{explain} {last[0]}", last[1]).all()
     said = "\n".join(str(row) for row in plan)
     assert INDEX[database.name] in said, said
     assert "Seq Scan on sajobs_job" not in said, said
+    if look is _look_for_suspects:
+        assert "Sort" not in said and "filesort" not in said and "TEMP B-TREE" not in said, said
+    if look is _look_for_suspects and database.name == "postgresql":
+        assert "run_at <= $" in said.split("Index Cond:")[1].split("Filter:")[0], said
 
 
 def _fill(session: Session) -> None:

@@ -1,9 +1,11 @@
 """Jobs that kill the process they run in: they end, they take no others along, and some are not run again."""
 
+import collections
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import Job, JobApp, Worker, enqueue, job, transitions
+from sqlalchemy_jobs import Job, JobApp, Worker, cancel, enqueue, job, transitions
 from sqlalchemy_jobs.claims import Wanted
+from sqlalchemy_jobs.worker import clearing
 from sqlalchemy_jobs.worker.leases import register
 from tests.conformance.test_exactly_once import Outcome, effects_app
 from tests.conformance.test_transitions import LEASE, Bench
@@ -25,6 +28,12 @@ __all__ = ["effects_app"]
 @job("suspect")
 @dataclass(frozen=True)
 class Suspect:
+    n: int = 0
+
+
+@job("step")
+@dataclass(frozen=True)
+class Step:
     n: int = 0
 
 
@@ -97,6 +106,125 @@ def test_from_the_second_crash_on_a_job_runs_alone_in_its_worker(database: Datab
     assert {n for n, _ in beside} == {*range(6), *range(10, 20)}
     with sessions() as session:
         assert set(session.scalars(select(Job.state))) == {"succeeded"}
+
+
+class Busy:
+    """A worker that is never idle: a run ends only when the next one has begun, and there is always a next one."""
+
+    def __init__(self, app: JobApp[Any, Any]) -> None:
+        self.sessions = app.sessions
+        self.began: dict[int, threading.Event] = collections.defaultdict(threading.Event)
+        self.runs: list[int | str] = []
+        self.running: set[int | str] = set()
+        self.beside: list[set[int | str]] = []
+        """What was running when a suspect began or ended."""
+        self.enough = threading.Event()
+        app.handler(Step, transaction="manual")(self.step)
+        app.handler(Suspect, transaction="manual")(self.suspect)
+
+    def step(self, session: Session, payload: Step) -> None:
+        self.running.add(payload.n)
+        self.runs.append(payload.n)
+        if not self.enough.is_set():
+            session.add(enqueue(Step(payload.n + 1)))
+            session.commit()
+        self.began[payload.n].set()
+        # Not for ever: a worker that clears claims no next one.
+        end = time.monotonic() + 2
+        while not self.began[payload.n + 1].wait(0.05) and time.monotonic() < end:
+            pass
+        self.running.remove(payload.n)
+
+    def suspect(self, session: Session, payload: Suspect) -> None:
+        self.running.add(f"suspect {payload.n}")
+        self.runs.append(f"suspect {payload.n}")
+        self.beside.append(set(self.running))
+        time.sleep(0.05)
+        self.beside.append(set(self.running))
+        self.running.remove(f"suspect {payload.n}")
+
+
+def test_a_suspect_has_its_turn_in_a_worker_that_is_never_idle(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And between two of them the others have theirs."""
+    monkeypatch.setattr(clearing, "LOOK", (0.0, 0.0))
+    monkeypatch.setattr(clearing, "REST", 0)
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    busy = Busy(app)
+    crash(app, 0, Step())
+    with app.worker(concurrency=2):
+        assert busy.began[3].wait(60)
+        crash(app, 2, Suspect(1), Suspect(2))
+        until(lambda: {"suspect 1", "suspect 2"} <= set(busy.runs))
+        busy.enough.set()
+    first, second = (n for n, each in enumerate(busy.runs) if isinstance(each, str))
+    assert second > first + 1
+    assert [len(each) for each in busy.beside] == [1] * 4
+
+
+def test_a_suspect_does_not_keep_a_worker_waiting_for_a_long_run(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clearing, "LOOK", (0.0, 0.0))
+    monkeypatch.setattr(clearing, "CLEAR_FOR", 0.1)
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    ended, began = threading.Event(), threading.Event()
+    ran: list[int] = []
+
+    @app.handler(Step, transaction="manual")
+    def step(session: Session, payload: Step) -> None:
+        ran.append(payload.n)
+        if payload.n == 0:
+            began.set()
+            assert ended.wait(120)
+
+    app.handler(Suspect)(lambda session, payload: ran.append(-1))
+    crash(app, 0, Step())
+    with app.worker(concurrency=2):
+        assert began.wait(60)
+        crash(app, 2, Suspect())
+        for n in range(1, 4):  # the look follows a claim, so one of them is left behind it
+            crash(app, 0, Step(n))
+            until(lambda n=n: n in ran)  # type: ignore[misc]
+        assert -1 not in ran
+        ended.set()
+        until(lambda: -1 in ran)
+
+
+def test_a_worker_that_clears_goes_on_when_the_suspect_is_gone(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clearing, "LOOK", (0.0, 0.0))
+    app: JobApp[Any, Any] = JobApp(sessions := database.sessions())
+    ended, began = threading.Event(), threading.Event()
+    ran: list[int] = []
+
+    @app.handler(Step, transaction="manual")
+    def step(session: Session, payload: Step) -> None:
+        ran.append(payload.n)
+        if payload.n == 0:
+            began.set()
+            assert ended.wait(120)
+
+    app.handler(Suspect)(lambda session, payload: None)
+    crash(app, 0, Step())
+    worker = app.worker(concurrency=2, poll_interval=timedelta(seconds=0.05))
+    with worker:
+        assert began.wait(60)
+        crash(app, 2, Suspect())
+        until(lambda: clears(worker))
+        crash(app, 0, Step(1))
+        with sessions.begin() as session:
+            assert cancel(session, session.scalars(select(Job.id).where(Job.crashes > 0)).one())
+        until(lambda: 1 in ran)
+        ended.set()
+
+
+def clears(worker: Worker) -> bool:
+    """Whether it claims nothing more for the sake of a suspect."""
+    assert worker._parts is not None
+    return worker._parts._claimer._clearing._since is not None
 
 
 def test_a_worker_that_has_anything_to_do_does_not_claim_what_must_run_alone(
