@@ -38,6 +38,7 @@ from sqlalchemy_jobs.columns import microseconds, server_now
 from sqlalchemy_jobs.states import JobState, Outcome, WorkerState
 from sqlalchemy_jobs.tables import (
     BEGUN,
+    HAS_NO_SLOT,
     IS_READY,
     IS_RUNNING,
     TO_JOB,
@@ -313,38 +314,34 @@ def any_unfinished(session: Session, kinds: Sequence[str], queues: Sequence[str]
 
 
 def rescue_orphans(session: Session, worker_id: uuid.UUID) -> dict[uuid.UUID, JobState]:
-    """running -> ready | failed for the jobs of a worker that is dead or gone; at most 500, by their ids.
+    """running -> ready | failed for the jobs of a worker that is dead or gone; at most 500.
 
     Each counts a crash, and a failure if it is known to have begun: what was claimed ahead may have been waiting
     (the next time it starts at once). The first crash of a job is retried at once, later ones with backoff, and
     from ``ALONE_FROM`` on the job runs alone. Rows that someone holds locked are left for the next sweep.
     """
-    found = session.execute(
-        select(
-            jobs.c.id,
-            jobs.c.attempt,
-            jobs.c.failures,
-            jobs.c.crashes,
-            jobs.c.max_attempts,
-            jobs.c.unique_slot,
-            jobs.c.started_at,
+    # Giving up a slot needs the lock on the keys too (see lock_keys): those that cannot be had must not fill
+    # the batch of the others.
+    is_last = and_(jobs.c.started_at.is_not(None), jobs.c.failures + 1 >= jobs.c.max_attempts)
+    gives_up_slot = and_(is_last, ~HAS_NO_SLOT)
+    found: list[Any] = []
+    for condition, keeps_keys in ((~gives_up_slot, True), (gives_up_slot, False)):
+        found += session.execute(
+            select(
+                *jobs.c["id", "attempt", "failures", "crashes", "started_at"],
+                is_last.label("is_last"),
+            )
+            .where(IS_RUNNING, jobs.c.worker_id == worker_id, condition)
+            .order_by(jobs.c.id)
+            .limit(RESCUE_BATCH - len(found))
+            .with_for_update(key_share=keeps_keys, skip_locked=True),
+            bind_arguments=TO_JOB,
         )
-        .where(IS_RUNNING, jobs.c.worker_id == worker_id)
-        .order_by(jobs.c.id)
-        .limit(RESCUE_BATCH)
-        .with_for_update(key_share=True, skip_locked=True),
-        bind_arguments=TO_JOB,
-    ).all()
     failure = Failure(f"worker {worker_id} died while running the job")
-    last = {row.id for row in found if row.started_at and row.failures + 1 >= row.max_attempts}
-    keys = [row.id for row in found if row.id in last and row.unique_slot is not None]
-    held = set(keys) - dialects.of(session).lock_keys(session, keys)
     rescued = {}
     for row in sorted(found, key=lambda row: row.id):
         lost = Claim(row.id, row.attempt, worker_id)
-        if row.id in held:
-            continue
-        if row.id in last:
+        if row.is_last:
             _move(session, lost, _FAIL, failed=1, crashed=1)
             rescued[row.id] = JobState.FAILED
         else:

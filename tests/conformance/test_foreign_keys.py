@@ -167,6 +167,26 @@ def test_a_rescue_does_not_wait_for_who_refers_to_a_job(locking: Referenced) -> 
     assert rescued.keys() | rest.keys() == set(ids)
 
 
+def test_jobs_that_cannot_be_rescued_yet_do_not_hold_up_the_others(
+    locking: Referenced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many they are: a rescue takes so many jobs, not so many of the first ones."""
+    monkeypatch.setattr(transitions, "RESCUE_BATCH", 2)
+    held = locking.add(*(Keyed(n) for n in range(3)), max_attempts=1)
+    others = [*locking.add(Note()), *locking.add(Note(), Keyed(3), max_attempts=1)]
+    worker = locking.worker()
+    assert len(locking.claim(worker, kinds=("note", "keyed"))) == 6
+    seen = locking.heartbeat(worker)
+    rescued: set[uuid.UUID] = set()
+    with referring(locking, held) as do:
+        rescued |= do(lambda session: transitions.rescue(session, worker, seen)).keys()
+        rescued |= do(lambda session: transitions.rescue_orphans(session, worker)).keys()
+    assert rescued == set(others)
+    for _ in range(2):
+        rescued |= locking.do(lambda s: transitions.rescue_orphans(s, worker)).keys()
+    assert rescued == {*others, *held}
+
+
 def test_ends_that_a_foreign_key_refuses_do_not_hold_up_the_others(bench: Referenced) -> None:
     ids = bench.add(*[Note()] * 4)
     bench.do(lambda session: bench.refer(session, ids[:2]))
