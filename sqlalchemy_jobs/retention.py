@@ -41,25 +41,58 @@ def expired(session: Session, keep: Keep) -> list[tuple[JobState, str, datetime]
     ]
 
 
-def prune(
-    session: Session, state: JobState, kind: str, until: datetime, *, slots: bool = False
-) -> int:
-    """Delete the oldest of the jobs that ended before an instant; return how many, at most ``BATCH``.
+class Pruning:
+    """Deletes the old jobs of a final state and a kind, the oldest first, and gets past those that it cannot delete.
 
-    Those that keep others out by their ``unique_slot`` stay, unless ``slots``. Its own short transaction. What someone has locked, for example another worker that prunes, is
-    passed over: nobody waits.
+    When a batch is refused, since a foreign key refers to one of them, it is halved, until that one is found;
+    what comes after is deleted all the same. Those found stay passed over for the life of this object.
     """
-    found = session.scalars(oldest(state, kind, until, slots=slots), bind_arguments=TO_JOB)
-    ids: list[uuid.UUID] = sorted(found)
-    if ids:
-        delete_locked(session, ids)
-    return len(ids)
+
+    def __init__(self, state: JobState, kind: str) -> None:
+        self._state = state
+        self._kind = kind
+        self._most = BATCH
+        self._tried: list[Any] = []
+        self._refused_at: datetime | None = None
+        """When the last of the refused ones ended: those that ended before it are done with."""
+        self._refused: set[uuid.UUID] = set()
+        """Those that ended at that very instant."""
+
+    def step(self, session: Session, until: datetime, *, slots: bool = False) -> bool:
+        """Delete a batch of those that ended before an instant; return whether there may be more.
+
+        Those that keep others out by their ``unique_slot`` stay, unless ``slots``. Its own short transaction.
+        What someone has locked, for example another worker that prunes, is passed over: nobody waits.
+        """
+        found = oldest(self._state, self._kind, until, slots=slots).limit(self._most)
+        if self._refused_at is not None:
+            found = found.where(
+                jobs.c.finished_at >= self._refused_at, jobs.c.id.not_in(self._refused)
+            )
+        self._tried = list(session.execute(found, bind_arguments=TO_JOB))
+        if self._tried:
+            delete_locked(session, sorted(row.id for row in self._tried))
+        may_be_more = len(self._tried) == self._most
+        self._most = min(2 * self._most, BATCH)
+        return may_be_more
+
+    def refused(self) -> None:
+        """Take note that the latest step was refused."""
+        self._most = max(len(self._tried) // 2, 1)
+        if len(self._tried) == 1:
+            (row,) = self._tried
+            if row.finished_at != self._refused_at:
+                self._refused_at, self._refused = row.finished_at, set()
+            self._refused.add(row.id)
+            if len(self._refused) > BATCH:  # so many ended at one instant: the rest of it is let be
+                self._refused_at = row.finished_at + timedelta(microseconds=1)
+                self._refused = set()
 
 
-def oldest(state: JobState, kind: str, until: datetime, *, slots: bool = False) -> Select[Any]:
+def oldest(state: JobState, kind: str, until: datetime, *, slots: bool = False) -> Select[Any, Any]:
     """Lock and return the jobs that have been final for the longest, by a range of their index."""
     found = (
-        select(jobs.c.id)
+        select(jobs.c.id, jobs.c.finished_at)
         .where(_is(state), jobs.c.kind == kind, jobs.c.finished_at < until)
         .order_by(jobs.c.finished_at)
         .limit(BATCH)

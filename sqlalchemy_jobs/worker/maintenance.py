@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import dialects, retention, transitions
@@ -44,6 +45,8 @@ PRUNE = 60.0
 """Seconds between two looks for jobs that have been kept for long enough."""
 PRUNE_FOR = 1.0
 """Seconds after which deleting makes room for what else is to be done; it goes on at the next look."""
+REFUSED_FOR = 86400.0
+"""Seconds after which it tries again to delete what it could not delete."""
 SHIELDED_LOOKS = 5
 """After how many looks an operator is told that a dead worker's row is locked."""
 SAMPLED = 1000
@@ -72,6 +75,8 @@ class Maintenance:
         self._next_sweep = 0.0
         self._next_report = 0.0
         self._next_prune = 0.0
+        self._prunings: dict[tuple[JobState, str], retention.Pruning] = {}
+        self._forget_prunings = 0.0
         self._refused: set[str] = set()
         self._reported: set[tuple[str, str | None]] = set()
         self._shielded: Counter[uuid.UUID] = Counter()
@@ -156,6 +161,9 @@ class Maintenance:
     def _prune(self, until: float) -> bool:
         """Delete what has been kept for long enough; False when there is more than could be done now."""
         of_others = self._control.transaction(find_kinds) - self._handlers.keys()
+        if (now := time.monotonic()) >= self._forget_prunings:
+            self._prunings.clear()
+            self._forget_prunings = now + REFUSED_FOR
 
         def keep(state: JobState, kind: str) -> timedelta | None:
             if kind in of_others:
@@ -183,20 +191,25 @@ class Maintenance:
     def _prune_kind(self, state: JobState, kind: str, end: datetime, until: float) -> bool:
         """Delete those that ended before ``end``; False when there is more than could be done now."""
         slots = self._holding(state, kind) is not None  # their windows are over
-        pruned = retention.BATCH
-        while pruned == retention.BATCH:
+        pruning = self._prunings.setdefault((state, kind), retention.Pruning(state, kind))
+        may_be_more = True
+        while may_be_more:
             if time.monotonic() >= until:
                 return False
-            pruned = self._control.transaction(
-                lambda session: retention.prune(session, state, kind, end, slots=slots)
-            )
+            try:
+                may_be_more = self._control.transaction(
+                    lambda session: pruning.step(session, end, slots=slots)
+                )
+            except IntegrityError as error:
+                self._tell_of_refusal(kind, error)
+                pruning.refused()
         return True
 
     def _tell_of_refusal(self, kind: str, error: Exception) -> None:
         if kind not in self._refused:
             self._refused.add(kind)
             log.warning(
-                'old jobs of kind "%s" cannot be deleted (has a foreign key to Job.id no ON DELETE?): %s',
+                'some old jobs of kind "%s" cannot be deleted (has a foreign key to Job.id no ON DELETE?): %s',
                 kind,
                 brief(error),
             )

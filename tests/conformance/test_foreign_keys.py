@@ -9,10 +9,21 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table, event, insert, select, text
+from sqlalchemy import (
+    Column,
+    ForeignKey,
+    Integer,
+    MetaData,
+    Table,
+    delete,
+    event,
+    insert,
+    select,
+    text,
+)
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import Job, JobState, Unique, job, transitions
+from sqlalchemy_jobs import Job, JobState, Unique, job, retention, transitions
 from sqlalchemy_jobs.claims import Claim
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.transitions import Failure
@@ -77,24 +88,56 @@ def test_old_jobs_that_a_foreign_key_keeps_do_not_hold_up_the_others(
 ) -> None:
     """Nor whatever else is to be done: the step of the loop goes on, and says it once for the kind."""
     monkeypatch.setattr(maintenance, "PRUNE", 0.0)
-    lease = Lease(bench.control, LEASE, [], [], lambda: None, lambda reason, *, dead: None)
-    step = Maintenance(bench.control, lease, LEASE, {}, Settings(), lambda: None).step
-
-    def add_old(kind: str) -> uuid.UUID:
-        at = datetime.now(UTC) - timedelta(days=99)
-        job_id = uuid.uuid4()
-        old = Job(id=job_id, kind=kind, state="succeeded", finished_at=at, payload={})
-        bench.do(lambda session: session.add(old))
-        return job_id
-
-    kept = [add_old("a_kept"), add_old("a_kept")]
+    step = maintaining(bench).step
+    kept = add_old(bench, "a_kept", 2)
     bench.do(lambda session: bench.refer(session, kept))
     for _ in range(3):
-        add_old("b_free")
+        add_old(bench, "b_free", 1)
         step()
         assert set(bench.states()) == set(kept)
     told = [each for each in caplog.messages if "cannot be deleted" in each]
     assert len(told) == 1 and '"a_kept"' in told[0]
+
+
+def maintaining(bench: Referenced) -> Maintenance:
+    lease = Lease(bench.control, LEASE, [], [], lambda: None, lambda reason, *, dead: None)
+    return Maintenance(bench.control, lease, LEASE, {}, Settings(), lambda: None)
+
+
+def add_old(bench: Referenced, kind: str, count: int, days: int = 99) -> list[uuid.UUID]:
+    """Add jobs that ended at one instant."""
+    one = {
+        "kind": kind,
+        "state": "succeeded",
+        "finished_at": datetime.now(UTC) - timedelta(days=days),
+        "payload": {},
+    }
+    rows = [one | {"id": uuid.uuid4()} for _ in range(count)]
+    bench.do(lambda session: session.execute(insert(Job), rows))
+    return [row["id"] for row in rows]
+
+
+def test_old_jobs_that_a_foreign_key_keeps_do_not_hold_up_those_of_their_kind(
+    bench: Referenced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one that is in the midst of others, nor more of them in a row than a batch holds."""
+    monkeypatch.setattr(maintenance, "PRUNE", 0.0)
+    monkeypatch.setattr(maintenance, "PRUNE_FOR", 120.0)
+    monkeypatch.setattr(retention, "BATCH", 8)
+    old, *_ = add_old(bench, "mixed", 20, days=99)
+    kept = [old, *add_old(bench, "mixed", 20, days=98), *add_old(bench, "mixed", 1, days=97)]
+    add_old(bench, "mixed", 20, days=96)
+    bench.do(lambda session: bench.refer(session, kept))
+    maintenance_of_a_day = maintaining(bench)
+    maintenance_of_a_day.step()
+    assert set(bench.states()) == set(kept)
+
+    add_old(bench, "mixed", 1, days=95)
+    bench.do(lambda session: session.execute(delete(RECEIPTS).where(RECEIPTS.c.job_id != old)))
+    maintenance_of_a_day.step()
+    assert set(bench.states()) == set(kept)  # not tried again so soon
+    maintaining(bench).step()
+    assert set(bench.states()) == {old}
 
 
 @pytest.fixture

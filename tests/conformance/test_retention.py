@@ -202,8 +202,8 @@ def test_pruning_waits_for_nobody(row_locks: Database) -> None:
     store.put(*rows)
     with store.sessions() as holder, store.sessions.begin() as session:
         holder.execute(select(Job.id).where(Job.id == rows[1]["id"]).with_for_update()).all()
-        pruned = retention.prune(session, JobState.SUCCEEDED, "plain", datetime.now(UTC) - DAY)
-        assert pruned == 2
+        pruning = retention.Pruning(JobState.SUCCEEDED, "plain")
+        assert not pruning.step(session, datetime.now(UTC) - DAY)
     assert store.left() == [("plain", "succeeded")]
 
 
