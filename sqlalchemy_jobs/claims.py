@@ -35,6 +35,9 @@ class Wanted:
     ahead: bool = False
     """Whether they may wait in the worker: then ``started_at`` stays NULL until the run's end, and what a crash
     has met before is left to a claim whose jobs start at once."""
+    free_slots: bool = False
+    """Whether there are kinds whose jobs give up their unique slot when they are claimed: only then are those
+    passed over to which an open transaction refers, and otherwise waited for."""
     durable: bool = False
     """Whether the claim must survive a crash of the server: it is what a later run is warned by."""
 

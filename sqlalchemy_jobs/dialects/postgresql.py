@@ -110,6 +110,7 @@ WHERE id = ANY (ARRAY(
         AND job.kind = ANY (CAST(:kinds AS varchar[]))
         AND (job.crashes = 0 OR NOT :ahead)
         AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
+        {and_keys_are_free}
       ORDER BY job.run_at, job.id LIMIT wanted.room FOR NO KEY UPDATE SKIP LOCKED) due
     WHERE lane.queue = wanted.queue LIMIT wanted.room) taken
   LIMIT :total))
@@ -128,6 +129,11 @@ SELECT CAST(CASE count(*) WHEN 1 THEN '1' ELSE '{_LEASE_LOST}' END AS int) FROM 
 COMMIT
 """
 _ORDER = itemgetter(len(CLAIMED), len(CLAIMED) + 1, 0)
+
+# A job that gives up its slot changes a key. Its keys are locked as well, or the UPDATE would wait for whoever
+# refers to it (see lock_keys). Not in every claim: even where no row needs it, it costs 0.1 ms.
+_KEYS_ARE_FREE = """AND CASE WHEN job.unique_slot IS NULL OR job.unique_states & {running} <> 0 THEN true
+          ELSE EXISTS (SELECT FROM {jobs} same WHERE same.id = job.id FOR UPDATE SKIP LOCKED) END"""
 
 
 def _schema(session: Session) -> str | None:
@@ -177,9 +183,10 @@ def _lanes(schema: str | None) -> TextClause:
 
 
 @cache
-def _claim(schema: str | None) -> TextualSelect:
+def _claim(schema: str | None, free_slots: bool) -> TextualSelect:
+    claim = _CLAIM.replace("{and_keys_are_free}", _KEYS_ARE_FREE if free_slots else "")
     return (
-        text(_in_schema(_CLAIM, schema))
+        text(_in_schema(claim, schema))
         .bindparams(
             bindparam("queues", type_=ARRAY(String)),
             bindparam("rooms", type_=ARRAY(Integer)),
@@ -228,7 +235,7 @@ class PostgreSQL(Dialect):
 
     def claim(self, session: Session, wanted: Wanted) -> list[Claim]:
         rows = session.execute(
-            _claim(_schema(session)),
+            _claim(_schema(session), wanted.free_slots),
             {
                 "queues": list(wanted.room),
                 "rooms": list(wanted.room.values()),

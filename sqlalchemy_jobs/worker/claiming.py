@@ -16,6 +16,7 @@ from sqlalchemy_jobs import dialects, transitions
 from sqlalchemy_jobs.app import Handler
 from sqlalchemy_jobs.claims import Claim, Lane, Wanted
 from sqlalchemy_jobs.runs import Run
+from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.worker.clearing import Clearing
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.leases import Lease
@@ -102,6 +103,8 @@ class Claimer:
             kind for kind, each in handlers.items() if each.declaration.on_crash == "fail"
         ]
         self._may_wait = [kind for kind in handlers if kind not in self._not_repeated]
+        uniques = [each.declaration.unique for each in handlers.values()]
+        self._free_slots = any(each and not each.holds_in(JobState.RUNNING) for each in uniques)
         self._settings = settings
         self._start = start
         self._give_back = give_back
@@ -170,6 +173,7 @@ class Claimer:
             room,
             asked,
             never_alone=self._not_repeated,
+            free_slots=self._free_slots,
             durable=self._control.durable,
             ahead=bool(ahead),
         )

@@ -1,7 +1,9 @@
 """A table of the user's refers to jobs: what that refuses or locks holds up nothing else."""
 
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,11 +22,22 @@ from sqlalchemy import (
     insert,
     select,
     text,
+    update,
 )
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
-from sqlalchemy_jobs import Job, JobState, Unique, job, retention, transitions
-from sqlalchemy_jobs.claims import Claim
+from sqlalchemy_jobs import (
+    Job,
+    JobApp,
+    JobState,
+    Unique,
+    WorkerRow,
+    cancel,
+    job,
+    retention,
+    transitions,
+)
+from sqlalchemy_jobs.claims import Claim, Wanted
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.transitions import Failure
 from sqlalchemy_jobs.worker import maintenance
@@ -34,6 +47,7 @@ from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.settling import Settler
 from tests.conformance.test_transitions import LEASE, Bench, Note
 from tests.databases import Database
+from tests.locks import until_somebody_waits
 
 RECEIPTS = Table(
     "receipt",
@@ -64,6 +78,23 @@ class Referenced(Bench):
 @dataclass(frozen=True)
 class Keyed:
     n: int = 0
+
+
+@job("ready_only", unique=Unique(states=[JobState.READY]))
+@dataclass(frozen=True)
+class ReadyOnly:
+    n: int = 0
+
+
+KEY_SHARE: dict[str, Any] = {"read": True, "key_share": True}
+
+
+def until(condition: Callable[[], bool], timeout: float = 60) -> None:
+    """Wait for a condition that a worker will make true."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.02)
 
 
 def _enforce(connection: Any, record: Any) -> None:
@@ -192,6 +223,59 @@ def test_the_end_of_a_run_does_not_wait_for_who_refers_to_its_job(
     passes = keeps_the_row and locking.engine.dialect.name == "postgresql"
     assert done == {plain_free, keyed_free} | ({plain} if passes else set())
     assert done | locking.do(lambda session: end(session, claims)) == set(ids)
+
+
+def test_a_worker_claims_past_a_job_that_gives_up_its_slot_and_is_referred_to(
+    locking: Referenced,
+) -> None:
+    app: JobApp[Any, Any] = JobApp(sessionmaker(locking.engine))
+    app.handler(ReadyOnly)(lambda session, payload: None)
+    app.handler(Note)(lambda session, payload: None)
+    held, free, note = ids = [*locking.add(ReadyOnly(1), ReadyOnly(2)), *locking.add(Note())]
+    with Session(locking.engine) as other:
+        locking.refer(other, [held])
+        with app.worker():
+            until(lambda: locking.states() == {held: "ready", free: "succeeded", note: "succeeded"})
+            other.rollback()
+            until(lambda: locking.states() == dict.fromkeys(ids, "succeeded"))
+
+
+@pytest.mark.parametrize(
+    "meanwhile", ["nothing", "changed", "later", "ended", "referred to", "changed and referred to"]
+)
+def test_what_happens_to_such_a_job_in_the_midst_of_a_claim(
+    postgresql: Database, meanwhile: str
+) -> None:
+    """The claim waits for the worker's row, so it has its picture of the jobs and none of them locked yet."""
+    bench = Bench(postgresql)
+    first, job_id, last = bench.add(*(ReadyOnly(n) for n in range(3)))
+    worker = bench.worker()
+    wanted = Wanted(worker, ["ready_only"], [("default", 0)], {"default": 3}, 3, free_slots=True)
+    with (
+        Session(postgresql.engine()) as holder,
+        Session(postgresql.engine()) as other,
+        ThreadPoolExecutor() as pool,
+    ):
+        holder.execute(select(WorkerRow.id).where(WorkerRow.id == worker).with_for_update()).all()
+        claim = pool.submit(bench.do, lambda session: transitions.claim(session, wanted))
+        until_somebody_waits(postgresql)
+        if "changed" in meanwhile:
+            other.execute(update(Job).where(Job.id == job_id).values(payload={"n": 7}))
+        if meanwhile == "later":
+            in_an_hour = datetime.now(UTC) + timedelta(hours=1)
+            other.execute(update(Job).where(Job.id == job_id).values(run_at=in_an_hour))
+        if meanwhile == "ended":
+            assert cancel(other, job_id)
+        other.commit()
+        if "referred to" in meanwhile:
+            other.execute(select(Job.id).where(Job.id == job_id).with_for_update(**KEY_SHARE)).all()
+        holder.rollback()
+        got = {each.job_id: each.payload["n"] for each in claim.result(60)}
+    expected = {first: 0, job_id: 7 if meanwhile == "changed" else 1, last: 2}
+    if meanwhile not in ("nothing", "changed"):
+        del expected[job_id]
+    assert got == expected
+    bench.control.close()
 
 
 def test_a_rescue_does_not_wait_for_who_refers_to_a_job(locking: Referenced) -> None:

@@ -1,5 +1,6 @@
 """The claim goes through its index on every database, whatever lies beside the due jobs."""
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from sqlalchemy import event, text, update
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import Job, dialects, enqueue, transitions
+from sqlalchemy_jobs import Job, dialects, enqueue_many, transitions
 from sqlalchemy_jobs.claims import Wanted
 from sqlalchemy_jobs.worker import leases
 from tests.conformance.test_transitions import Note
@@ -24,12 +25,16 @@ def _claim(session: Session, wanted: Wanted) -> None:
     assert len(transitions.claim(session, wanted)) == 10
 
 
+def _claim_and_free_slots(session: Session, wanted: Wanted) -> None:
+    _claim(session, replace(wanted, free_slots=True))
+
+
 def _look_for_suspects(session: Session, wanted: Wanted) -> None:
     assert transitions.lanes_of_suspects(session, wanted) == []
 
 
 @pytest.mark.parametrize("analysed", [True, False])
-@pytest.mark.parametrize("look", [_claim, _look_for_suspects])
+@pytest.mark.parametrize("look", [_claim, _claim_and_free_slots, _look_for_suspects])
 def test_a_claim_goes_through_its_index(database: Database, look: Any, analysed: bool) -> None:
     sent: list[tuple[str, Any]] = []
     with Session(database.engine()) as session:
@@ -58,9 +63,11 @@ def test_a_claim_goes_through_its_index(database: Database, look: Any, analysed:
 
 
 def _fill(session: Session) -> None:
-    """Due jobs, jobs for later at a better priority, and jobs that have ended."""
+    """Due jobs, jobs for later at a better priority, and jobs that have ended.
+
+    So many that PostgreSQL, which looks at the size of the table, does not rightly read all of it.
+    """
+    notes = [Note(str(n)) for n in range(2000)]
     for options in ({}, {"delay": timedelta(hours=1), "priority": -1}, {"queue": "other"}):
-        made = [enqueue(Note(str(n)), **options) for n in range(500)]  # type: ignore[arg-type]
-        session.add_all(made)
-    session.flush()
+        enqueue_many(session, notes, **options)  # type: ignore[arg-type]
     session.execute(update(Job).where(Job.queue == "other").values(state="succeeded"))
