@@ -1,26 +1,51 @@
+"""Chaos: workers and enqueuing transactions under random faults, and an audit of what became of every job.
+
+    python -m tests.chaos --database postgresql --seconds 60 --seed 1
+
+It starts a server of its own (PostgreSQL from the wheel, MariaDB if `mariadbd` is installed, an SQLite file), several
+worker processes that reach it through a TCP proxy, and a stream of transactions that enqueue, of which some roll back. Meanwhile
+it kills workers, stops and continues them, ends server connections, cuts and delays connections, and restarts the
+server; and some jobs kill their own worker. Then it lets everything settle, plays a few rounds in which nothing is in
+the way, audits, prints one table and exits non-zero on any violation.
+
+    kinds.py     the payloads: what may be enqueued
+    app.py       what the workers run: handlers that write what they did, in the database and in a diary beside it
+    rows.py      the application's tables
+    diary.py     what the workers write down beside the database
+    signs.py     what the processes tell one another beside the database
+    load.py      the transactions that enqueue, requeue, cancel and refer to jobs
+    servers.py   the servers, and how they are restarted
+    faults.py    what is done to workers, connections and servers
+    rounds.py    what is tried when all is quiet, with the bounds on its times
+    books.py     rows, diaries and transactions, put in order
+    audit.py     what must be true at the end
+    figures.py   times, which are only printed
+"""
+
 import contextlib
 import random
 import shutil
 import tempfile
 import time
 from collections import Counter
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
-from sqlalchemy import Engine, create_engine, func, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
 
 import sqlalchemy_jobs
-from sqlalchemy_jobs import Job, sqlite
-from tests.chaos import audit
-from tests.chaos.app import Base
+from sqlalchemy_jobs import Job
+from tests.chaos import audit, figures
+from tests.chaos.books import Books
 from tests.chaos.faults import Faults, Workers
-from tests.chaos.load import Load
+from tests.chaos.load import Load, Onlooker
+from tests.chaos.rounds import Rounds
+from tests.chaos.rows import Base, make_engine
 from tests.chaos.servers import SERVERS, Remote, Server
+from tests.chaos.signs import CALM
 from tests.proxy import Proxy
-
-UNFINISHED = ("ready", "running", "blocked")
 
 
 @click.command()
@@ -34,113 +59,115 @@ UNFINISHED = ("ready", "running", "blocked")
     "--seed", type=int, default=None, help="Of what is done, and when. Default: a new one."
 )
 @click.option("--workers", "count", type=int, default=3, show_default=True)
+@click.option("--slots", type=int, default=6, show_default=True, help="Of each worker.")
 @click.option("--lease", type=float, default=5, show_default=True, help="Seconds.")
 @click.option(
     "--rate", type=float, default=None, help="Transactions per second. Default: 20, on SQLite 4."
 )
 def main(
-    database: str, seconds: float, seed: int | None, count: int, lease: float, rate: float | None
+    database: str,
+    seconds: float,
+    seed: int | None,
+    count: int,
+    slots: int,
+    lease: float,
+    rate: float | None,
 ) -> None:
     """Run workers under faults, and audit what became of every job."""
     seed = random.randrange(10_000) if seed is None else seed
+    random.seed(seed)  # the proxy's choices
     folder = Path(tempfile.mkdtemp(prefix="sajobs-chaos-"))
     print(f"{database}, seed {seed}, {seconds:g} s of faults; logs in {folder}", flush=True)
     with contextlib.closing(SERVERS[database]()) as server:
         engine = _tables(server)
         proxy = Proxy(server.url) if isinstance(server, Remote) else None
-        options = ["--lease", f"{lease:g}", "--shutdown-timeout", "2", "--concurrency", "6"]
-        workers = Workers(proxy.url if proxy else server.url, folder, options)
+        options = ["--lease", f"{lease:g}", "--shutdown-timeout", "2"]
+        workers = Workers(proxy.url if proxy else server.url, folder, slots, options)
         for _ in range(count):
             workers.start()
         through = [server.url, proxy.url] if proxy else [server.url]
         load = Load(through, seed, rate or (20 if proxy else 4))
+        onlooker = Onlooker(server.url, seed, folder, 0.5 if proxy else 1, load)
         faults = Faults(workers, server, proxy, seed, lease)
         time.sleep(seconds)
         faults.stop()
         load.stop()
-        settled_in = _settle(engine, lease)
-        for process in list(workers.alive):
-            workers.stop(process)
-        books = audit.Books(engine, folder)
-        died = workers.died()
-        found = audit.violations(books, load.transactions, died)
-        _print(books, load, faults, workers, settled_in, found)
+        onlooker.stop()
+        (folder / CALM).touch()
+        rounds = Rounds(engine, workers, lease)
+        settled_in = rounds.settle()
+        with Session(engine) as session:
+            unpruned = session.scalar(select(func.count()).where(Job.kind == "brief")) or 0
+        if not rounds.violations:
+            rounds.play()
+        rounds.wait_for_pruning()
+        workers.end()
+        books = Books.read(engine, folder, [*load.transactions, *onlooker.transactions])
+        found = [
+            *rounds.violations,
+            *onlooker.seen,
+            *(f"a transaction failed: {error!r}" for error in load.errors),
+            *audit.violations(books, workers.died()),
+        ]
         engine.dispose()
+    rows = [
+        *_jobs(books),
+        ("  pruned under faults", _count(books, "brief") - unpruned),
+        *_counted("transactions", (each.fate for each in books.transactions)),
+        ("keys found taken", sum(len(each.others) for each in books.transactions)),
+        ("  with an exception", sum(each.refused for each in books.transactions)),
+        ("jobs requeued", len(books.requeued)),
+        ("runs that began", len(books.starts)),
+        *_counted("runs that did not succeed", (each.outcome for each in books.attempts)),
+        *_counted("faults", [*faults.done.elements(), *["poison"] * len(books.poisoned)]),
+        *_times("recoveries under faults", figures.recoveries(books, workers.ended)),
+        *_times("recoveries in quiet", rounds.recovered),
+        *_times("cancels heard under faults", figures.learned(books, onlooker.cancelled_at)),
+        *_times("cancels heard in quiet", rounds.learned),
+        *_times("waits after a second crash", figures.suspects_waited(books)),
+        ("settled in", f"{settled_in:.1f} s"),
+        ("violations", len(found)),
+    ]
+    for name, value in rows:
+        print(f"{name:<28} {value:>24}")
+    for each in found[:50]:
+        print("VIOLATION:", each)
     if found:
         raise SystemExit(1)
     shutil.rmtree(folder)
 
 
 def _tables(server: Server) -> Engine:
-    engine = create_engine(server.url, pool_pre_ping=True)
-    if engine.dialect.name == "sqlite":
-        sqlite.configure(engine)
+    engine = make_engine(server.url, pool_pre_ping=True)
     sqlalchemy_jobs.metadata.create_all(engine)
     Base.metadata.create_all(engine)
     return engine
 
 
-def _settle(engine: Engine, lease: float) -> float | None:
-    """Wait until every job is final; what waits for a retry is made due. None: it did not come to that."""
-    began = time.monotonic()
-    while time.monotonic() < began + 300 + 4 * lease:
-        with contextlib.suppress(SQLAlchemyError), engine.begin() as connection:
-            unfinished = select(func.count()).where(Job.state.in_(UNFINISHED))
-            if connection.scalar(unfinished) == 0:
-                return time.monotonic() - began
-            # Nobody waits for the backoff of a job whose workers were killed again and again.
-            now = datetime.now(UTC)
-            connection.execute(
-                update(Job).where(Job.state == "ready", Job.run_at > now).values(run_at=now)
-            )
-        time.sleep(0.5)
-    return None
+Row = tuple[str, object]
 
 
-def _print(
-    books: audit.Books,
-    load: Load,
-    faults: Faults,
-    workers: Workers,
-    settled_in: float | None,
-    found: list[str],
-) -> None:
-    recovered = audit.recoveries(books, workers.ended)
-    rows = [
-        ("jobs", str(len(books.jobs))),
-        *(
-            (f"  {state}", str(n))
-            for state, n in sorted(Counter(j.state for j in books.jobs.values()).items())
-        ),
-        ("transactions", str(len(load.transactions))),
-        *(
-            (f"  {fate}", str(n))
-            for fate, n in sorted(Counter(t.fate for t in load.transactions).items())
-        ),
-        ("runs that began", str(len(books.starts))),
-        ("runs that did not succeed", str(len(books.attempts))),
-        *(
-            (f"  {outcome}", str(n))
-            for outcome, n in sorted(Counter(a.outcome for a in books.attempts).items())
-        ),
-        ("faults", str(faults.done.total())),
-        *((f"  {kind}", str(n)) for kind, n in sorted(faults.done.items())),
-        ("recoveries after a kill", str(len(recovered))),
-        ("  p50 / p95 / max", _spread(recovered)),
-        ("settled in", "not at all" if settled_in is None else f"{settled_in:.1f} s"),
-        ("violations", str(len(found))),
+def _jobs(books: Books) -> Iterator[Row]:
+    states = [
+        str(books.jobs[job_id].state) if job_id in books.jobs else "deleted"
+        for job_id in books.kinds
     ]
-    for name, value in rows:
-        print(f"{name:<28} {value:>24}")
-    for each in found[:50]:
-        print("VIOLATION:", each)
+    return _counted("jobs", states)
 
 
-def _spread(seconds: list[float]) -> str:
-    if not seconds:
-        return "-"
-    at = [seconds[min(int(len(seconds) * part), len(seconds) - 1)] for part in (0.5, 0.95, 1)]
-    return " / ".join(f"{each:.2f} s" for each in at)
+def _count(books: Books, kind: str) -> int:
+    return list(books.kinds.values()).count(kind)
+
+
+def _counted(name: str, found: Iterable[str]) -> Iterator[Row]:
+    count = Counter(found)
+    yield name, count.total()
+    yield from ((f"  {each}", n) for each, n in sorted(count.items()))
+
+
+def _times(name: str, seconds: list[float]) -> Iterator[Row]:
+    yield name, len(seconds)
+    yield "  p50 / p95 / max", figures.spread(seconds)
 
 
 main()

@@ -1,222 +1,98 @@
-"""What the workers run. Every handler leaves an Effect for each run of it that committed, and a line for each that began."""
+"""What the workers run. Every handler leaves an Effect for each run of it that committed."""
 
 import asyncio
 import os
-import random
+import signal
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from sqlalchemy import String, create_engine, func, make_url, select
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy import func, make_url, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
-from sqlalchemy_jobs import (
-    Cancel,
-    JobApp,
-    Run,
-    Snooze,
-    Unique,
-    current_run,
-    enqueue,
-    job,
-    sqlite,
+from sqlalchemy_jobs import Cancel, JobApp, Run, Snooze, current_run, enqueue
+from tests.chaos.diary import Diary
+from tests.chaos.kinds import (
+    PARTS,
+    SNOOZES,
+    Blank,
+    Brief,
+    Doomed,
+    Flaky,
+    Follow,
+    Latest,
+    Long,
+    LongAsync,
+    Meet,
+    MeetAsync,
+    MeetOnce,
+    MeetParts,
+    MeetWrite,
+    Neighbour,
+    Nothing,
+    Once,
+    Only,
+    Overdue,
+    OverdueAsync,
+    Parts,
+    Patient,
+    PatientAsync,
+    Poison,
+    Resigned,
+    Sleepy,
+    Sole,
+    Vanishing,
+    Windowed,
+    Write,
+    WriteAsync,
 )
+from tests.chaos.rows import Effect, Reference, effect, make_async_engine, make_engine
+from tests.chaos.signs import CALM, called_off, is_open, presence
 
-ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "mysql": "mysql+aiomysql"}
 SOON = timedelta(milliseconds=100)
-SNOOZES = 2
-"""How often a Sleepy job is put off."""
-ENDLESS = 30_000
-"""max_attempts of what shall succeed in the end, however often its worker is killed."""
+MOST_PATIENT = 60.0
+"""Seconds after which a run that is cancelled, and does not learn of it, gives in."""
 
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Effect(Base):
-    """What a run did, committed with its end."""
-
-    __tablename__ = "effect"
-
-    id: Mapped[uuid.UUID] = mapped_column(
-        String(32), primary_key=True, default=lambda: uuid.uuid4().hex
-    )
-    job_id: Mapped[str] = mapped_column(String(32), index=True)
-    attempt: Mapped[int]
-    worker_id: Mapped[str] = mapped_column(String(32))
-    last: Mapped[bool]
-    """Whether the run was to end the job; a snoozed one is not."""
-
-
-class Intent(Base):
-    """A transaction that enqueued, committed with its jobs."""
-
-    __tablename__ = "intent"
-
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
-
-
-def effect(last: bool = True) -> Effect:
-    claim = current_run().claim
-    return Effect(
-        job_id=claim.job_id.hex, attempt=claim.attempt, worker_id=claim.worker_id.hex, last=last
-    )
-
-
-def soon(failures: int) -> timedelta:
-    return SOON
-
-
-@job("write", max_attempts=ENDLESS, backoff=soon)
-@dataclass(frozen=True)
-class Write:
-    n: int
-
-
-@job("write_async", max_attempts=ENDLESS, backoff=soon)
-@dataclass(frozen=True)
-class WriteAsync:
-    n: int
-
-
-@job("follow", max_attempts=ENDLESS, backoff=soon)
-@dataclass(frozen=True)
-class Follow:
-    """Enqueues a Write, in its own transaction."""
-
-    n: int
-
-
-@job("sleepy", max_attempts=ENDLESS, backoff=soon)
-@dataclass(frozen=True)
-class Sleepy:
-    n: int
-
-
-@job("flaky", max_attempts=ENDLESS, backoff=soon)
-@dataclass(frozen=True)
-class Flaky:
-    """Writes, and raises in most of its runs."""
-
-    n: int
-
-
-@job("doomed", max_attempts=3, backoff=soon)
-@dataclass(frozen=True)
-class Doomed:
-    """Writes, and always raises."""
-
-    n: int
-
-
-@job("resigned", max_attempts=ENDLESS, backoff=soon)
-@dataclass(frozen=True)
-class Resigned:
-    """Writes, and cancels itself."""
-
-    n: int
-
-
-@job("long", max_attempts=ENDLESS, backoff=soon)
-@dataclass(frozen=True)
-class Long:
-    seconds: float
-
-
-@job("long_async", max_attempts=ENDLESS, backoff=soon)
-@dataclass(frozen=True)
-class LongAsync:
-    seconds: float
-
-
-@job("nothing", max_attempts=ENDLESS, backoff=soon)
-@dataclass(frozen=True)
-class Nothing:
-    """Does not touch its session: it is completed together with others."""
-
-    n: int
-
-
-@job("only", max_attempts=ENDLESS, backoff=soon, unique=Unique())
-@dataclass(frozen=True)
-class Only:
-    """Writes; there is at most one unfinished job for each n."""
-
-    n: int
-
-
-@job("overdue", max_attempts=2, backoff=soon, timeout=timedelta(seconds=0.3))
-@dataclass(frozen=True)
-class Overdue:
-    """Writes, and takes longer than it may; it does not look whether it should stop."""
-
-    n: int
-
-
-@job("overdue_async", max_attempts=2, backoff=soon, timeout=timedelta(seconds=0.3))
-@dataclass(frozen=True)
-class OverdueAsync:
-    n: int
-
-
-def any_payload(random: random.Random, quick: bool) -> object:
-    """A payload of a random kind; ``quick``: none that runs for seconds."""
-    if random.random() < 0.1:
-        return Only(random.randrange(20))
-    n = random.randrange(1_000_000)
-    kinds = [Write, WriteAsync, Follow, Sleepy, Flaky, Doomed, Resigned, Nothing]
-    if not quick and random.random() < 0.1:
-        if random.random() < 0.3:
-            return random.choice([Overdue, OverdueAsync])(n)
-        return random.choice([Long, LongAsync])(round(random.uniform(0.2, 4), 1))
-    return random.choice(kinds)(n)
-
-
-# --- the handlers -------------------------------------------------------------------------------------
-
+folder = Path(os.environ.get("SAJOBS_CHAOS_FOLDER", "."))
 url = make_url(os.environ.get("SAJOBS_CHAOS_URL", "sqlite://"))
-engine = create_engine(url, pool_size=15)
-async_engine = create_async_engine(
-    url.set(drivername=ASYNC_DRIVERS.get(engine.dialect.name, url.drivername))
+is_sqlite = url.get_backend_name() == "sqlite"
+# As many connections as slots and handlers that may hang: one that is lost is missed.
+pool = {} if is_sqlite else {"pool_size": 9, "max_overflow": 0}
+jobs = JobApp(
+    sessionmaker(make_engine(url, **pool)), async_sessionmaker(make_async_engine(url, **pool))
 )
-if engine.dialect.name == "sqlite":
-    sqlite.configure(engine)
-    sqlite.configure(async_engine)
-jobs = JobApp(sessionmaker(engine), async_sessionmaker(async_engine))
 
+_diary: Diary | None = None
 _begun: set[Run] = set()
+
+
+def diary() -> Diary:
+    global _diary
+    _diary = _diary or Diary(folder)
+    return _diary
 
 
 @jobs.middleware
 @contextmanager
-def log_runs(run: Run) -> Iterator[None]:
-    """Write a line when a run begins; beside the database, so that it stays whatever becomes of the run."""
+def keep_diary(run: Run) -> Iterator[None]:
     if run not in _begun:  # a run whose transaction lost against another is called again
         _begun.add(run)
-        line = f"{time.time()} {run.job_id.hex} {run.attempt} {run.claim.worker_id.hex}\n"
-        os.write(_log(), line.encode())
-    yield
-
-
-def _log() -> int:
-    global _file
-    if _file is None:
-        path = Path(os.environ["SAJOBS_CHAOS_FOLDER"]) / f"runs-{os.getpid()}"
-        _file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    return _file
-
-
-_file: int | None = None
+        diary().write("began", run)
+    try:
+        yield
+    finally:
+        diary().write("over", run, "told" if run.should_stop else "untold")
 
 
 @jobs.handler(Write)
-def write(session: Session, payload: Write) -> None:
+@jobs.handler(Vanishing)
+@jobs.handler(Only)
+@jobs.handler(Sole)
+@jobs.handler(Windowed)
+def write(session: Session, payload: object) -> None:
     session.add(effect())
 
 
@@ -226,10 +102,20 @@ async def write_async(session: AsyncSession, payload: WriteAsync) -> None:
     await session.flush()
 
 
+@jobs.handler(Latest)
+def latest(session: Session, payload: Latest) -> None:
+    session.add(effect(intent_id=payload.intent_id))
+
+
 @jobs.handler(Follow)
 def follow(session: Session, payload: Follow) -> None:
     session.add(effect())
     session.add(enqueue(Write(payload.n)))
+
+
+@jobs.handler(Brief)
+def brief(session: Session, payload: Brief) -> None:
+    session.add_all([effect(), Reference(job_id=current_run().job_id)])
 
 
 @jobs.handler(Sleepy)
@@ -262,11 +148,19 @@ def resigned(session: Session, payload: Resigned) -> Cancel:
     return Cancel("resigned")
 
 
+@jobs.handler(Nothing)
+@jobs.handler(Blank)
+def nothing(session: Session, payload: object) -> None:
+    pass
+
+
+# --- long ones --------------------------------------------------------------------------------------
+
+
 @jobs.handler(Long)
 def long(session: Session, payload: Long) -> None:
     session.add(effect())
-    if not _is_sqlite():
-        session.flush()  # on SQLite it would keep the write lock
+    _flush(session)
     until = time.monotonic() + payload.seconds
     while time.monotonic() < until:
         if current_run().should_stop:
@@ -280,16 +174,49 @@ async def long_async(session: AsyncSession, payload: LongAsync) -> None:
     session.add(effect())
 
 
-@jobs.handler(Only)
-def only(session: Session, payload: Only) -> None:
+@jobs.handler(Patient)
+def patient(session: Session, payload: Patient) -> None:
+    session.add(effect())
+    _flush(session)
+    try:
+        for wait in _waits(payload.seconds):
+            time.sleep(wait)
+    except BaseException:  # it has been told, and wants to commit all the same
+        session.add(effect())
+
+
+@jobs.handler(PatientAsync)
+async def patient_async(session: AsyncSession, payload: PatientAsync) -> None:
+    try:
+        for wait in _waits(payload.seconds):
+            await asyncio.sleep(wait)
+    except asyncio.CancelledError:
+        pass
+    session.add(effect())
+
+
+def _waits(seconds: float) -> Iterator[float]:
+    """Yield pauses for so long; longer while somebody is about to cancel the job: it is to be told."""
+    run, began = current_run(), time.monotonic()
+    while (passed := time.monotonic() - began) < MOST_PATIENT:
+        if run.should_stop or (passed >= seconds and not called_off(folder, run.job_id).exists()):
+            return
+        yield 0.02
+
+
+@jobs.handler(Parts, transaction="manual")
+def parts(session: Session, payload: Parts) -> None:
+    for _ in range(PARTS):
+        session.add(effect(last=False))
+        session.commit()
+        time.sleep(0.3)
     session.add(effect())
 
 
 @jobs.handler(Overdue)
 def overdue(session: Session, payload: Overdue) -> None:
     session.add(effect())
-    if not _is_sqlite():
-        session.flush()
+    _flush(session)
     for _ in range(200):
         time.sleep(0.05)
 
@@ -300,10 +227,73 @@ async def overdue_async(session: AsyncSession, payload: OverdueAsync) -> None:
     await asyncio.sleep(10)
 
 
-@jobs.handler(Nothing)
-def nothing(session: Session, payload: Nothing) -> None:
-    pass
+def _flush(session: Session) -> None:
+    if not is_sqlite:  # it would keep the write lock
+        session.flush()
 
 
-def _is_sqlite() -> bool:
-    return engine.dialect.name == "sqlite"
+# --- crashes ----------------------------------------------------------------------------------------
+
+
+@jobs.handler(Once)
+@jobs.handler(Neighbour)
+def short(session: Session, payload: Once | Neighbour) -> None:
+    time.sleep(payload.seconds)
+    session.add(effect())
+
+
+@jobs.handler(Poison)
+def poison(session: Session, payload: Poison) -> None:
+    time.sleep(0.2)  # so that it has neighbours
+    run = current_run()
+    if run.claim.crashes < payload.kills and not (folder / CALM).exists():
+        diary().write("poisoned", run)
+        os.kill(os.getpid(), signal.SIGKILL)
+    session.add(effect())
+
+
+# --- when all is quiet ------------------------------------------------------------------------------
+
+
+@jobs.handler(Meet)
+@jobs.handler(MeetOnce)
+def meet(session: Session, payload: Meet | MeetOnce) -> None:
+    if not is_sqlite:
+        session.execute(select(1))  # each has a connection of the pool
+    with presence(folder, payload.round, current_run()):
+        for wait in _until_open(payload.round):
+            time.sleep(wait)
+
+
+@jobs.handler(MeetAsync)
+async def meet_async(session: AsyncSession, payload: MeetAsync) -> None:
+    if not is_sqlite:
+        await session.execute(select(1))
+    with presence(folder, payload.round, current_run()):
+        for wait in _until_open(payload.round):
+            await asyncio.sleep(wait)
+
+
+@jobs.handler(MeetParts, transaction="manual")
+def meet_parts(session: Session, payload: MeetParts) -> None:
+    with presence(folder, payload.round, current_run()):
+        for wait in _until_open(payload.round):
+            time.sleep(2 * wait)
+            session.add(effect(last=False))
+            session.commit()
+    session.add(effect())
+
+
+@jobs.handler(MeetWrite)
+def meet_write(session: Session, payload: MeetWrite) -> None:
+    with presence(folder, payload.round, current_run()):
+        for wait in _until_open(payload.round):
+            if current_run().should_stop:
+                break
+            time.sleep(wait)
+    session.add(effect())
+
+
+def _until_open(round_: str) -> Iterator[float]:
+    while not is_open(folder, round_):
+        yield 0.05

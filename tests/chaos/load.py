@@ -1,29 +1,52 @@
-"""The transactions that enqueue: what each of them was to do, and whether it is known to have committed."""
+"""The transactions that enqueue, requeue, cancel and refer to jobs: what each of them was to do, and what became of it."""
 
 import random
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import URL, create_engine
+from sqlalchemy import URL, func, select
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqlalchemy_jobs import Job, cancel, enqueue, enqueue_many, requeue, sqlite
-from tests.chaos.app import Intent, Only, any_payload
+from sqlalchemy_jobs import Job, JobState, cancel, enqueue, enqueue_many, requeue
+from sqlalchemy_jobs.errors import DuplicateJob, JobsError
+from sqlalchemy_jobs.payloads import declaration_of
+from tests.chaos.kinds import UNIQUE, Poison, Sole, any_payload
+from tests.chaos.rows import Intent, Reference, make_engine
+from tests.chaos.signs import called_off
 
 Fate = Literal["committed", "rolled back", "unknown"]
+
+POISON_PAUSE = 10.0
+"""Seconds between two jobs that kill their worker."""
+CROWD = 200
+"""Unfinished jobs beyond which no more are added: a machine that is slow must come to an end, too."""
+REQUEUED = [
+    ("doomed", "failed"),
+    *((kind, "succeeded") for kind in ("only", "latest", "sole", "windowed")),
+]
+FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 @dataclass
 class Transaction:
-    id: str
-    jobs: list[uuid.UUID] = field(default_factory=list)
-    """Those that it inserted."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    jobs: dict[str, str] = field(default_factory=dict)
+    """Those that it inserted, and their kinds."""
     others: list[uuid.UUID] = field(default_factory=list)
     """Those that stand in for what it wanted to insert."""
-    cancelled: list[uuid.UUID] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    requeued: list[tuple[str, bool]] = field(default_factory=list)
+    """With whether it had succeeded before."""
+    references: list[str] = field(default_factory=list)
+    refused: int = 0
+    """How often it was told by an exception that a key is taken, and went on."""
     fate: Fate = "unknown"
 
 
@@ -32,6 +55,11 @@ class Load:
 
     def __init__(self, urls: list[URL], seed: int, per_second: float) -> None:
         self.transactions: list[Transaction] = []
+        self.errors: list[Exception] = []
+        """What spoilt a transaction although the server was there."""
+        self.crowded = False
+        """Whether so many jobs wait that no more are to be added."""
+        self._next_poison = time.monotonic() + POISON_PAUSE / 2
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(
@@ -50,12 +78,12 @@ class Load:
             thread.join()
 
     def _run(self, url: URL, random: random.Random, pause: float) -> None:
-        engine = create_engine(url)
-        if engine.dialect.name == "sqlite":
-            sqlite.configure(engine)
+        engine = make_engine(url)
         sessions = sessionmaker(engine)
         while not self._stop.wait(random.uniform(0, 2 * pause)):
-            transaction = Transaction(uuid.uuid4().hex)
+            if self.crowded:
+                continue
+            transaction = Transaction()
             self.transactions.append(transaction)
             try:
                 with sessions() as session:
@@ -66,20 +94,30 @@ class Load:
                     else:
                         session.commit()
                         transaction.fate = "committed"
-            except Exception:  # the server is away, or the answer to the COMMIT did not come
-                time.sleep(0.05)
+            except Exception as error:
+                if isinstance(error, (IntegrityError, JobsError)):
+                    self.errors.append(error)
+                time.sleep(0.05)  # the server is away, or the answer to the COMMIT did not come
         engine.dispose()
 
     def _fill(self, session: Session, transaction: Transaction, random: random.Random) -> None:
         session.add(Intent(id=transaction.id))
         self._enqueue(session, transaction, random)
+        match random.randrange(10):
+            case 0:
+                if (job_id := self._earlier(random)) and cancel(session, job_id, "by chaos"):
+                    transaction.cancelled.append(job_id.hex)
+            case 1:
+                if job_id := self._earlier(random):
+                    _refer(session, transaction, job_id)
+                    time.sleep(random.uniform(0, 0.3))  # and hold whatever it locks
+            case 2:
+                _requeue(session, transaction, random)
+
+    def _earlier(self, random: random.Random) -> uuid.UUID | None:
         earlier = random.choice(self.transactions)
-        if earlier.fate == "committed" and earlier.jobs:
-            job_id = random.choice(earlier.jobs)
-            if random.random() < 0.1 and cancel(session, job_id, "by chaos"):
-                transaction.cancelled.append(job_id)
-            elif random.random() < 0.2 and session.get_one(Job, job_id).kind == "doomed":
-                requeue(session, job_id)
+        there = earlier.fate == "committed" and earlier.jobs
+        return uuid.UUID(random.choice(list(earlier.jobs))) if there else None
 
     def _enqueue(self, session: Session, transaction: Transaction, random: random.Random) -> None:
         options: Any = {
@@ -87,20 +125,135 @@ class Load:
             "queue": random.choice(["default", "default", "other"]),
         }
         if random.random() < 0.1:
-            many = [any_payload(random, quick=True) for _ in range(10)]
-            for payload, job_id in zip(many, enqueue_many(session, many, **options), strict=True):
-                unique = isinstance(payload, Only)
-                (transaction.others if unique else transaction.jobs).append(job_id)
+            many = [any_payload(random, transaction.id, quick=True) for _ in range(10)]
+            ids = enqueue_many(session, many, **options)
+            for payload, job_id in zip(many, ids, strict=True):
+                if isinstance(payload, UNIQUE):
+                    transaction.others.append(job_id)
+                else:
+                    transaction.jobs[job_id.hex] = declaration_of(type(payload)).kind
             return
-        made = [
-            enqueue(any_payload(random, quick=False), **options)
-            for _ in range(random.randint(1, 3))
-        ]
-        ids = {job: job.id for job in made}
-        session.add_all(made)
+        for _ in range(random.randint(1, 3)):
+            payload = any_payload(random, transaction.id, quick=False)
+            # So that a key is held for a while.
+            delay = timedelta(seconds=random.uniform(0, 2)) if isinstance(payload, UNIQUE) else None
+            _add(session, transaction, payload, {**options, "delay": delay})
+        if time.monotonic() > self._next_poison:
+            self._next_poison = time.monotonic() + random.uniform(0, 2 * POISON_PAUSE)
+            _add(session, transaction, Poison(random.randint(1, 4)), {"priority": -5})
+
+
+def _add(session: Session, transaction: Transaction, payload: Any, options: Any) -> None:
+    job = enqueue(payload, **options)
+    job_id, kind = job.id, job.kind
+    if isinstance(payload, Sole):
+        try:
+            with session.begin_nested():
+                session.add(job)
+        except DuplicateJob:  # and what else is in the transaction commits
+            transaction.refused += 1
+            return
+    session.add(job)
+    session.flush()
+    if job.duplicate_of is None:
+        transaction.jobs[job_id.hex] = kind
+    else:
+        transaction.others.append(job.duplicate_of)
+
+
+def _refer(session: Session, transaction: Transaction, job_id: uuid.UUID) -> None:
+    reference = Reference(id=uuid.uuid4().hex, job_id=job_id)
+    with suppress(IntegrityError), session.begin_nested():  # the job may be gone
+        session.add(reference)
         session.flush()
-        for job, job_id in ids.items():
-            if job.duplicate_of is None:
-                transaction.jobs.append(job_id)
+        transaction.references.append(reference.id)
+
+
+def _requeue(session: Session, transaction: Transaction, random: random.Random) -> None:
+    kind, state = random.choice(REQUEUED)
+    ended = select(Job.id).where(Job.kind == kind, Job.state == state)
+    found = session.scalars(ended.order_by(Job.finished_at.desc()).limit(20)).all()
+    if not found:
+        return
+    job_id = random.choice(found)
+    locked = select(Job.state).where(Job.id == job_id).with_for_update(key_share=True)
+    state = session.scalar(locked)
+    try:
+        if requeue(session, job_id):
+            transaction.requeued.append((job_id.hex, state == JobState.SUCCEEDED))
+    except DuplicateJob:  # and what else is in the transaction commits
+        transaction.refused += 1
+
+
+class Onlooker:
+    """Beside the load: cancels jobs while they run, and looks for rows that must not be there at any time."""
+
+    def __init__(self, url: URL, seed: int, folder: Path, pause: float, load: Load) -> None:
+        self._load = load
+        self.transactions: list[Transaction] = []
+        self.cancelled_at: dict[str, float] = {}
+        """When the cancel of a running job was known to be committed."""
+        self.seen: set[str] = set()
+        """What must not be there, and was."""
+        self._random = random.Random(f"onlooker {seed}")
+        self._folder = folder
+        self._engine = make_engine(url)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(pause,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._engine.dispose()
+
+    def _run(self, pause: float) -> None:
+        while not self._stop.wait(self._random.uniform(0, 2 * pause)):
+            with suppress(SQLAlchemyError):
+                self._look()
+                self._cancel()
+
+    def _look(self) -> None:
+        with Session(self._engine) as session:
+            twice = (
+                select(Job.unique_key)
+                .where(Job.state.in_(("ready", "running")), Job.unique_key.is_not(None))
+                .group_by(Job.unique_key)
+                .having(func.count() > 1)
+            )
+            self.seen |= {f"two unfinished jobs with key {key}" for key in session.scalars(twice)}
+            unfinished = select(func.count()).where(Job.state.in_(("ready", "running")))
+            self._load.crowded = (session.scalar(unfinished) or 0) > CROWD
+            kept = select(Job.id).where(
+                Job.kind.in_(("vanishing", "blank")), Job.state == JobState.SUCCEEDED
+            )
+            self.seen |= {f"{each} has succeeded, with keep=0" for each in session.scalars(kept)}
+
+    def _cancel(self) -> None:
+        with Session(self._engine) as session:
+            running = select(Job.id).where(
+                Job.state == "running", Job.kind.in_(("patient", "patient_async"))
+            )
+            found = [
+                each
+                for each in session.scalars(running.order_by(Job.id))
+                if not called_off(self._folder, each).exists()
+            ]
+        if not found:
+            return
+        job_id = self._random.choice(found)
+        sign = called_off(self._folder, job_id)
+        sign.touch()  # from here on the handler waits to be told
+        transaction = Transaction()
+        self.transactions.append(transaction)
+        try:
+            with Session(self._engine) as session, session.begin():
+                session.add(Intent(id=transaction.id))
+                if cancel(session, job_id, "by chaos"):
+                    transaction.cancelled.append(job_id.hex)
+            transaction.fate = "committed"
+        finally:
+            if transaction.fate == "committed" and transaction.cancelled:
+                self.cancelled_at[job_id.hex] = time.time()
             else:
-                transaction.others.append(job.duplicate_of)
+                sign.unlink()

@@ -1,0 +1,231 @@
+"""What is tried when all has become quiet: whether every slot is there, a cancel is heard, a death is noticed.
+
+Nothing else goes on, so the times depend on the settings and the machine alone. ``PATIENCE`` is for the machine.
+"""
+
+import signal
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from sqlalchemy import Engine, func, select, update
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs import Job, cancel, enqueue_many
+from sqlalchemy_jobs.worker.loops import LONGEST_PAUSE
+from sqlalchemy_jobs.worker.maintenance import BROKEN_VIEW, LOOK, PRUNE, SWEEP
+from sqlalchemy_jobs.worker.timeouts import GRACE
+from tests.chaos import signs
+from tests.chaos.faults import Process, Workers
+from tests.chaos.kinds import KEPT, NOT_KEPT, Meet, MeetAsync, MeetOnce, MeetParts, MeetWrite
+
+UNFINISHED = ("ready", "running", "blocked")
+PATIENCE = 60.0
+"""Seconds that are added to every bound, since the machine may be busy."""
+LONGEST_SETTLING = 600.0
+"""Seconds after which even what goes on has gone on for too long."""
+
+
+def death_bound(lease: float) -> float:
+    """Return after how many seconds at the latest the jobs of a dead worker are brought back.
+
+    The lease passes, the others look; or one of them has just begun to look, or has just had a disturbance.
+    """
+    return max(lease + lease / 3, BROKEN_VIEW) + LOOK + PATIENCE
+
+
+def standstill_bound(lease: float) -> float:
+    """Return for how many seconds at most nothing changes while there is something to do.
+
+    A worker is dead, a handler hangs, loops pause after errors, and then orphans wait for the next sweep. A job
+    that waits for its backoff is made due.
+    """
+    return death_bound(lease) + SWEEP + GRACE + LONGEST_PAUSE
+
+
+@dataclass
+class Rounds:
+    engine: Engine
+    workers: Workers
+    lease: float
+    violations: list[str] = field(default_factory=list)
+    learned: list[float] = field(default_factory=list)
+    """Seconds until a cancelled handler came to its end."""
+    recovered: list[float] = field(default_factory=list)
+    """Seconds until the jobs of a killed worker ran again."""
+    left_out: Process | None = None
+    """A worker whose runs do not count now."""
+
+    # --- settling ---------------------------------------------------------------------------------
+
+    def settle(self) -> float:
+        """Wait until every job is final, for as long as it goes on; return how many seconds it took."""
+        began = changed = time.monotonic()
+        before: tuple[int, int] | None = None
+        bound = standstill_bound(self.lease)
+        while (now := time.monotonic()) < min(changed + bound, began + LONGEST_SETTLING):
+            self.workers.replace_poisoned()
+            progress = self._progress()
+            if progress is not None and progress[0] == 0:
+                return now - began
+            if progress != before:
+                before, changed = progress, now
+            time.sleep(0.3)
+        self.violations.append(
+            f"not settled after {now - began:.0f} s: {before} jobs unfinished, with so many attempts, "
+            f"which is so for {now - changed:.0f} s"
+        )
+        return now - began
+
+    def _progress(self) -> tuple[int, int] | None:
+        """Return how many jobs are unfinished and how many runs they have had; make due what waits for a retry."""
+        unfinished = select(func.count(), func.sum(Job.attempt)).where(Job.state.in_(UNFINISHED))
+        now = datetime.now(UTC)
+        waiting = update(Job).where(Job.state == "ready", Job.run_at > now).values(run_at=now)
+        with suppress(SQLAlchemyError), self.engine.begin() as connection:
+            count, attempts = connection.execute(unfinished).one()
+            connection.execute(waiting)
+            return count, int(attempts or 0)
+        return None  # the server may still be starting
+
+    # --- rounds -----------------------------------------------------------------------------------
+
+    def play(self) -> None:
+        """Have all slots in use at once, by threads and on the loop; kill a worker; stop and continue another one."""
+        self._fill("threads", Meet)
+        self._fill("loop", MeetAsync)
+        if len(self.workers.alive) > 1:
+            self._kill()
+            self.workers.start()
+            self._suspend()
+            self._fill("again", Meet)
+
+    def _fill(self, round_: str, payload: type[Meet | MeetAsync]) -> None:
+        """Use every slot of every worker at once, and then cancel half of the runs."""
+        count = self.workers.slots * len(self.workers.alive)
+        job_ids = self._begin([payload(round_)] * count)
+        if self._meet(round_, count, PATIENCE):
+            self._cancel(round_, job_ids[::2])
+        signs.open_(self.workers.folder, round_)
+        self.settle()
+
+    def _begin(self, payloads: Sequence[object]) -> list[uuid.UUID]:
+        with Session(self.engine) as session, session.begin():
+            return enqueue_many(session, payloads)
+
+    def _present(self, round_: str) -> list[tuple[int, str]]:
+        """Return the processes and jobs that are in the round, without those of the worker that is left out."""
+        alive = {each.popen.pid for each in self.workers.alive if each is not self.left_out}
+        return [each for each in signs.present(self.workers.folder, round_) if each[0] in alive]
+
+    def _meet(self, round_: str, count: int, bound: float) -> bool:
+        """Wait until so many jobs run at once."""
+        met = _wait_for(lambda: len(self._present(round_)) == count, bound)
+        if not met:
+            by_worker = Counter(pid for pid, _ in self._present(round_))
+            self.violations.append(
+                f"round {round_}: not {count} jobs at once in {bound:.0f} s, but {sorted(by_worker.values())}"
+            )
+        return met
+
+    def _cancel(self, round_: str, job_ids: Sequence[uuid.UUID]) -> None:
+        """Cancel running jobs: their handlers come to their end, although they wait for others."""
+        with Session(self.engine) as session, session.begin():
+            for job_id in job_ids:
+                if not cancel(session, job_id, "by chaos"):
+                    self.violations.append(f"round {round_}: {job_id} could not be cancelled")
+        since = time.monotonic()
+        left = {job_id.hex for job_id in job_ids}
+        while left and time.monotonic() < since + PATIENCE:
+            time.sleep(0.02)
+            gone = left - {job_id for _, job_id in self._present(round_)}
+            self.learned += [time.monotonic() - since] * len(gone)
+            left -= gone
+        if left:
+            self.violations.append(
+                f"round {round_}: {len(left)} of {len(job_ids)} runs did not learn in {PATIENCE:.0f} s "
+                "that they were cancelled"
+            )
+
+    def _kill(self) -> None:
+        """Kill the worker with the most runs: the others run again what may be run again."""
+        count = self.workers.slots * (len(self.workers.alive) - 1)
+        job_ids = self._begin([Meet("kill"), MeetAsync("kill")] * (count // 3))
+        once = self._begin([MeetOnce("kill")] * (count - len(job_ids)))
+        if self._meet("kill", count, PATIENCE):
+            victim, lost = self._busiest("kill")
+            lost_for_good = lost & {job_id.hex for job_id in once}
+            self.workers.kill(victim)
+            since = time.monotonic()
+            if self._meet("kill", count - len(lost_for_good), death_bound(self.lease)):
+                self.recovered += [time.monotonic() - since] * len(lost - lost_for_good)
+        signs.open_(self.workers.folder, "kill")
+        self.settle()
+
+    def _suspend(self) -> None:
+        """Stop the worker with the most runs until the others run its jobs: once it goes on, it gives them up."""
+        count = self.workers.slots * (len(self.workers.alive) - 1) // 2 * 2
+        self._begin([MeetParts("suspend"), MeetWrite("suspend")] * (count // 2))
+        if self._meet("suspend", count, PATIENCE):
+            self.left_out, lost = self._busiest("suspend")
+            if not self._stop_until(lambda: len(self._present("suspend")) == count):
+                self.violations.append(
+                    "round suspend: the jobs of a stopped worker did not run again"
+                )
+            zombie, self.left_out = self.left_out.popen.pid, None
+            if not _wait_for(lambda: len(self._present("suspend")) == count, PATIENCE):
+                self.violations.append(
+                    f"round suspend: worker {zombie} still runs some of {len(lost)} jobs that were taken from it"
+                )
+        signs.open_(self.workers.folder, "suspend")
+        self.settle()
+
+    def _stop_until(self, condition: Callable[[], bool]) -> bool:
+        """Stop the worker that is left out for long enough, and let it go on.
+
+        Again when it was stopped in the midst of a transaction: it keeps what that has locked, its own row maybe,
+        and on SQLite the whole database.
+        """
+        assert self.left_out is not None
+        usual = 2 * self.lease + LOOK + SWEEP
+        for bound in (usual, usual, usual, usual, death_bound(self.lease) + SWEEP):
+            self.left_out.popen.send_signal(signal.SIGSTOP)
+            is_true = _wait_for(condition, bound)
+            self.left_out.popen.send_signal(signal.SIGCONT)
+            if is_true:
+                return True
+            time.sleep(0.5)
+        return False
+
+    def _busiest(self, round_: str) -> tuple[Process, set[str]]:
+        """Return the worker that has the most jobs of the round, and these."""
+        present = self._present(round_)
+        pid = Counter(pid for pid, _ in present).most_common(1)[0][0]
+        (busiest,) = (each for each in self.workers.alive if each.popen.pid == pid)
+        return busiest, {job_id for at, job_id in present if at == pid}
+
+    # --- pruning ----------------------------------------------------------------------------------
+
+    def wait_for_pruning(self) -> None:
+        """Wait until nothing is left of the kinds that are not kept, or for as long as that may take."""
+        left = select(func.count()).where(Job.kind.in_(NOT_KEPT))
+
+        def is_pruned() -> bool:
+            with self.engine.begin() as connection:
+                return connection.scalar(left) == 0
+
+        self.workers.start()  # a worker that has just started looks what is to be pruned
+        if not _wait_for(is_pruned, KEPT.total_seconds() + PRUNE + PATIENCE):
+            self.violations.append("what is not to be kept is not pruned")
+
+
+def _wait_for(condition: Callable[[], bool], bound: float) -> bool:
+    until = time.monotonic() + bound
+    while not (true := condition()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return true
