@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias
 
 Lane: TypeAlias = tuple[str, int]
 """A queue and a priority: jobs of one lane are claimed by time."""
+Mark: TypeAlias = tuple[datetime, uuid.UUID]
+"""``run_at`` and id of a job."""
 
 
 ALONE_FROM = 2
@@ -28,6 +31,8 @@ class Wanted:
     """How many jobs of each queue; the order of the queues decides when ``total`` is less."""
     total: int
     """How many jobs in all."""
+    marks: Mapping[Lane, Mark] = field(default_factory=dict)
+    """Where to begin to look in a lane: what is due before was claimed, and its remains need not be read again."""
     suspects: bool = False
     """Whether to take jobs that must run alone (``ALONE_FROM``), and only those."""
     never_alone: Sequence[str] = ()
@@ -58,3 +63,5 @@ class Claim(NamedTuple):
     max_attempts: int = 0
     headers: Mapping[str, str] | None = None
     crashes: int = 0
+    priority: int = 0
+    run_at: datetime | None = None

@@ -51,6 +51,8 @@ CLAIMED = (
     jobs.c.max_attempts,
     jobs.c.headers,
     jobs.c.crashes,
+    jobs.c.priority,
+    jobs.c.run_at,
 )
 
 _NEVER_ALONE: BindParameter[Any] = bindparam("never_alone", expanding=True)
@@ -109,10 +111,16 @@ class Dialect(ABC):
     """Whether a transaction keeps all others from writing: then nobody can take what its worker runs."""
     stale_reads: ClassVar[bool] = False
     """Whether a plain SELECT may see less than an INSERT or UPDATE of the same transaction did."""
+    single_statements: ClassVar[bool] = False
+    """Whether a claim, a renewal and a completion of many are one statement each."""
     concurrency: ClassVar[int] = 10
     """How many runs at once, unless the user says otherwise."""
     session_locks: ClassVar[SessionLocks | None] = None
     """None: whether a worker lives is known by its lease only."""
+
+    def level_of_a_statement(self, session: Session) -> str:
+        """Return the isolation level of a statement outside a transaction."""
+        raise NotImplementedError
 
     # --- claiming ---------------------------------------------------------------------------------
 
@@ -147,6 +155,8 @@ class Dialect(ABC):
             if limit > 0:
                 lane = {"of_queue": queue, "of_priority": priority, "most": limit}
                 due = self._due_suspect if wanted.suspects else self._due
+                if (mark := wanted.marks.get((queue, priority))) is not None:
+                    due, lane["since"] = self._due_since, mark[0]
                 kinds = {"kinds": wanted.kinds, "never_alone": wanted.never_alone}
                 lane["crashed"] = 1 if wanted.ahead else ALONE_FROM
                 found = session.execute(due, lane | kinds, bind_arguments=TO_JOB).all()
@@ -188,6 +198,10 @@ class Dialect(ABC):
         return self._due_where(
             or_(jobs.c.crashes < bindparam("crashed"), jobs.c.kind.in_(_NEVER_ALONE))
         )
+
+    @cached_property
+    def _due_since(self) -> Any:
+        return self._due.where(jobs.c.run_at >= bindparam("since", type_=jobs.c.run_at.type))
 
     @cached_property
     def _due_suspect(self) -> Any:

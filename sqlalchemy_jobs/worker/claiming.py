@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import dialects, transitions
 from sqlalchemy_jobs.app import Handler
-from sqlalchemy_jobs.claims import Claim, Lane, Wanted
+from sqlalchemy_jobs.claims import Claim, Lane, Mark, Wanted
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.worker.clearing import Clearing
@@ -28,11 +28,13 @@ log = logging.getLogger("sqlalchemy_jobs")
 
 IDLE_WAITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Seconds an idle worker waits before it looks again; then its poll interval, which also bounds these."""
-LANES_KEPT = 1.0
-"""Seconds for which a worker under full load may miss a lane that is new."""
+SWEEP = 1.0
+"""Seconds for which a worker under full load may miss a lane that is new, or a job that was committed late."""
+SWEEPS_SHARE = 20
+"""A claim from the beginning may have to read what others have left behind: so many times as long pass until the next."""
 RECONCILE = 10.0
 """Seconds between two reconciliations of an undisturbed worker."""
-AHEAD = 0.1
+AHEAD = 0.25
 """Seconds of work that may wait in the worker, at the speed that was observed."""
 MOST_AHEAD = 1000
 ROUNDS = 4
@@ -112,7 +114,8 @@ class Claimer:
         self._poll = settings.poll_interval.total_seconds()
         self._idle_polls = 0
         self._lanes: list[Lane] = []
-        self._lanes_until = 0.0
+        self._marks: dict[Lane, Mark] = {}
+        self._sweep_at = 0.0
         self._speed = Speed(slots, settings.limits)
         self._ahead_until = 0.0
         self._reconcile_at = 0.0
@@ -134,18 +137,21 @@ class Claimer:
                 self._slots.wake_at = self._slots.total + enough
             self._tell_if_drained()
             return min(self._poll, LONGEST_AHEAD) if self._slots.waiting else self._poll
-        claims, asked = self._control.transaction(
+        began_at, marked = time.monotonic(), bool(self._marks)
+        claims, asked = self._control.statements(
             lambda session: self._claim(session, worker_id, ahead)
         )
         self._slots.take([Run(claim) for claim in claims])
         self._start()
-        if not claims or len(claims) < asked:
+        is_full = 0 < asked <= len(claims)
+        self._mark(claims if is_full else [], began_at)
+        if not is_full:
             self._ahead_until = 0.0
         elif not ahead:
             self._ahead_until = time.monotonic() + LONGEST_AHEAD
-        if claims:
+        if claims or marked:
             self._idle_polls = 0
-            return 0.0 if len(claims) >= asked else min(IDLE_WAITS[0], self._poll)
+            return 0.0 if is_full or marked else min(IDLE_WAITS[0], self._poll)
         self._tell_if_drained()
         self._idle_polls += 1
         return min((*IDLE_WAITS, self._poll)[min(self._idle_polls, len(IDLE_WAITS))], self._poll)
@@ -174,6 +180,7 @@ class Claimer:
             asked,
             never_alone=self._not_repeated,
             free_slots=self._free_slots,
+            marks=self._marks,
             durable=self._control.durable,
             ahead=bool(ahead),
         )
@@ -186,16 +193,29 @@ class Claimer:
         else:
             self._clearing.end()
             alone = replace(wanted, lanes=suspects or lanes, total=1, suspects=True, ahead=False)
-            claims = transitions.claim(session, alone)
+            claims = transitions.claim(session, replace(alone, marks={}))
         return claims, asked
 
     def _find_lanes(self, session: Session) -> list[Lane]:
-        """Return where ready jobs are; looked up again each second, and after a claim that came empty."""
-        now = time.monotonic()
-        if self._idle_polls or now >= self._lanes_until:
+        """Return where ready jobs are; looked up again now and then, and after a claim that came short."""
+        if not self._marks or time.monotonic() >= self._sweep_at:
+            self._marks = {}
             self._lanes = dialects.of(session).lanes(session, list(self._settings.limits))
-            self._lanes_until = now + LANES_KEPT
         return self._lanes
+
+    def _mark(self, claims: list[Claim], began_at: float) -> None:
+        """Remember how far each lane was claimed, while claims come full.
+
+        What is committed late, with an earlier ``run_at``, is found by the next claim from the beginning.
+        """
+        if not claims:
+            self._marks = {}
+        elif not self._marks:
+            now = time.monotonic()
+            self._sweep_at = now + max(SWEEP, SWEEPS_SHARE * (now - began_at))
+        for each in claims:  # in the order of each lane
+            assert each.run_at is not None
+            self._marks[each.queue, each.priority] = each.run_at, each.job_id
 
     def _is_drained(self) -> bool:
         """Tell whether nothing of ours is due, or running anywhere: what a dead worker ran comes back."""

@@ -285,7 +285,7 @@ class Lease:
         # The lock first: a row says only what is true already.
         if (old_id := self._id) is not None:
             since = self._hold_lock(old_id)
-            company = self._control.transaction(
+            company = self._control.statements(
                 lambda session: renew(session, old_id, self._lease, since)
             )
             if company is not None:

@@ -38,7 +38,7 @@ class Lookout:
         self._seen = running
         if not old:
             return LOOK
-        lost = self._control.transaction(
+        lost = self._control.statements(
             lambda session: transitions.lost_of(session, [run.claim for run in old])
         )
         suspects = {run for run in old if run.claim in lost}

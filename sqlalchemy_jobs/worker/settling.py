@@ -65,9 +65,10 @@ class Settler:
     def step(self) -> float | None:
         while len(self._open) < LARGEST_BATCH and not self._incoming.empty():
             self._open.append(self._incoming.get())
-        self._complete_together(transitions.complete, transitions.complete_many)
-        self._complete_together(transitions.discard, transitions.discard_many)
-        self._complete_together(transitions.give_back, transitions.give_back_many)
+        statements, transaction = self._control.statements, self._control.transaction
+        self._make_together(transitions.complete, transitions.complete_many, statements)
+        self._make_together(transitions.discard, transitions.discard_many, transaction)
+        self._make_together(transitions.give_back, transitions.give_back_many, transaction)
         trouble = None
         for run, transition in list(self._open):
             try:
@@ -82,14 +83,17 @@ class Settler:
             return LOCKED_PAUSE
         return None if self._incoming.empty() else 0.0
 
-    def _complete_together(
-        self, one: Transition, many: Callable[[Session, list[Claim]], set[uuid.UUID]]
+    def _make_together(
+        self,
+        one: Transition,
+        many: Callable[[Session, list[Claim]], set[uuid.UUID]],
+        carry_out: Callable[[Callable[[Session], set[uuid.UUID]]], set[uuid.UUID]],
     ) -> None:
         runs = [run for run, made in self._open if made is one]
         if len(runs) > 1:
             claims = [run.claim for run in runs]
             try:
-                done = self._control.transaction(lambda session: many(session, claims))
+                done = carry_out(lambda session: many(session, claims))
             except Exception as error:
                 if self._control.availability.away or is_lost(error):
                     raise

@@ -234,7 +234,7 @@ def test_a_claim_carries_what_a_run_needs(bench: Bench) -> None:
     (job_id,) = bench.add(Note("ä"), headers={"trace": "1"}, max_attempts=3)
     worker = bench.worker()
     (claim,) = bench.claim(worker)
-    assert claim == Claim(job_id, 1, worker, "note", "default", {"text": "ä"}, 0, 3, {"trace": "1"})
+    assert claim[:9] == (job_id, 1, worker, "note", "default", {"text": "ä"}, 0, 3, {"trace": "1"})
     row = bench.job(job_id)
     assert (row.state, row.worker_id, row.attempt) == (JobState.RUNNING, worker, 1)
     assert row.started_at is not None
