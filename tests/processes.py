@@ -20,12 +20,15 @@ APP = "tests.apps.effects:jobs"
 class WorkerProcess:
     """`sajobs worker` in a process of its own; its log can be waited for."""
 
-    def __init__(self, url: URL, folder: Path, *options: str, app: str = APP) -> None:
+    def __init__(
+        self, url: URL, folder: Path, *options: str, app: str = APP, path: Path = ROOT
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sqlalchemy_jobs", "worker", "--app", app, *options],
             cwd=ROOT,
             env={
                 **os.environ,
+                "PYTHONPATH": f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
                 "SAJOBS_TEST_URL": url.render_as_string(hide_password=False),
                 "SAJOBS_TEST_FOLDER": str(folder),
             },

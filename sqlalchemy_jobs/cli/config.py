@@ -13,6 +13,10 @@ from sqlalchemy_jobs.errors import ConfigurationError
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+ARGUMENTS = "sqlalchemy_jobs.arguments"
+"""Where a command's context has its arguments as they were given: in its ``meta``."""
+
+
 class Refused(click.ClickException):
     """A configuration that cannot work: one line, status 2."""
 
@@ -33,7 +37,10 @@ class Configured(click.Command):
         except ConfigurationError as error:
             raise Refused(error) from error
         extra["default_map"] = self._by_parameter(settings, parent)
-        return super().make_context(info_name, args, parent, **extra)
+        given = tuple(args)
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[ARGUMENTS] = given
+        return context
 
     def _by_parameter(self, settings: dict[str, Any], parent: Any) -> dict[str, Any]:
         names = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sqlalchemy_jobs.cli.config import CONTEXT, Configured, Refused
+from sqlalchemy_jobs.cli.config import ARGUMENTS, CONTEXT, Configured, Refused
 from sqlalchemy_jobs.cli.loading import load_app
 from sqlalchemy_jobs.errors import ConfigurationError
 
@@ -93,7 +93,17 @@ def seconds(minimum: float, *, open_: bool = False) -> dict[str, Any]:
     type=click.IntRange(min=1),
     envvar="SAJOBS_CONCURRENCY",
     metavar="N",
-    help="How many runs at once. Default: the sum of the queues' N when each has one, else 10; 1 on SQLite.",
+    help="How many runs at once in each process. Default: the sum of the queues' N when each has one, else 10; 1 on SQLite.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    envvar="SAJOBS_PROCESSES",
+    metavar="N",
+    help="How many processes, which are started again when they die. Each has all of the --concurrency and of the "
+    "queues' N, and connections of its own.",
 )
 @click.option(
     "--poll-interval",
@@ -147,11 +157,14 @@ def seconds(minimum: float, *, open_: bool = False) -> dict[str, Any]:
     show_default=True,
     envvar="SAJOBS_LOG_LEVEL",
 )
+@click.pass_context
 def worker(
+    context: click.Context,
     name: str,
     modules: tuple[str, ...],
     queues: tuple[tuple[str, int | None], ...],
     concurrency: int | None,
+    processes: int,
     poll_interval: timedelta,
     lease: timedelta,
     shutdown_timeout: timedelta,
@@ -167,14 +180,19 @@ def worker(
     cannot start like this.
     """
     from sqlalchemy_jobs.worker import Worker  # after the options are parsed: --help is quick
+    from sqlalchemy_jobs.worker.supervisor import Line, supervise
 
+    process = "%(process)d " if processes > 1 else ""
     logging.basicConfig(
         level=log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(message)s",
+        format=f"%(asctime)s %(levelname)-7s {process}%(message)s",
         datefmt="%H:%M:%S",
     )
     for handler in logging.getLogger().handlers:
         handler.addFilter(one_line)
+    line = Line.of_this_process()
+    if processes > 1 and line is None:
+        raise SystemExit(supervise(context.meta[ARGUMENTS], processes, drain=drain))
     try:
         made = Worker(
             load_app(name, modules),
@@ -187,9 +205,13 @@ def worker(
             keep_failed=keep_failed,
             drain=drain,
         )
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda number, frame: made.stop())
-        every_run_ended = made.run()
+        if line is None:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, lambda number, frame: made.stop())
+            every_run_ended = made.run()
+        else:
+            line.heed(made.stop)
+            every_run_ended = made._run(line.begun)
     except ConfigurationError as error:
         raise Refused(error) from error
     raise SystemExit(0 if every_run_ended else 1)

@@ -102,6 +102,7 @@ class Supervisor:
         self._timeouts = timeouts
         self._finish = finish
         self._handlings: dict[Run, Handling] = {}
+        self._asking = threading.Lock()
 
     def give_back(self, run: Run) -> None:
         """Give back a run whose handler was not even called."""
@@ -215,12 +216,17 @@ class Supervisor:
 
     def _still_owned(self, run: Run, colour: Colour) -> bool | None:
         """Ask the row; None when it cannot be asked now."""
-        try:
-            return colour.block(
-                lambda: self._control.transaction(
+
+        def ask() -> bool:
+            with (
+                self._asking
+            ):  # after a restart of the server all may ask: one connection is enough
+                return self._control.transaction(
                     lambda session: transitions.owns(session, run.claim)
                 )
-            )
+
+        try:
+            return colour.block(ask)
         except Exception as error:
             log.debug("%s %s: who owns it could not be asked: %s", run.kind, run.job_id, error)
             return None

@@ -50,17 +50,22 @@ def engine_of(app: JobApp[Any, Any]) -> Engine | AsyncEngine:
 
     Call it within the app's context. Raises: EngineError.
     """
+    own, own_async = engines_of(app)
+    engine = own_async if own is None else own
+    assert engine is not None
+    return engine
+
+
+def engines_of(app: JobApp[Any, Any]) -> tuple[Engine | None, AsyncEngine | None]:
+    """Do so, and return both."""
     own_async = None if app.async_sessions is None else _async_engine(app.async_sessions)
-    if app.sessions is not None:
-        own = _sync_engine(app.sessions)
-        if own_async is not None and not _may_be_one(own.url, own_async.url):
-            raise EngineError(
-                f"the sessions use the database {own.url.database}, the async sessions {own_async.url.database}: "
-                "the jobs are in one database"
-            )
-        return own
-    assert own_async is not None
-    return own_async
+    own = None if app.sessions is None else _sync_engine(app.sessions)
+    if own is not None and own_async is not None and not _may_be_one(own.url, own_async.url):
+        raise EngineError(
+            f"the sessions use the database {own.url.database}, the async sessions {own_async.url.database}: "
+            "the jobs are in one database"
+        )
+    return own, own_async
 
 
 def _sync_engine(sessions: SyncSessions) -> Engine:

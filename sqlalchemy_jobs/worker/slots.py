@@ -23,6 +23,11 @@ def key_of(run: Run) -> RunKey:
     return run.claim.job_id, run.claim.attempt, run.claim.worker_id
 
 
+def most_hung(total: int) -> int:
+    """Return how many runs may hang for nothing; each has a connection of the application's pool."""
+    return max(1, total // 2)
+
+
 class Slots:
     """A run is owned from its claim until it is settled; it waits for a slot, and keeps it until its handler ends.
 
@@ -34,8 +39,7 @@ class Slots:
         self, total: int, limits: Mapping[str, int | None], changed: Callable[[], None]
     ) -> None:
         self.total = total
-        self._most_hung = max(1, total // 2)
-        """How many may hang for nothing; each has a connection of the application's pool."""
+        self._most_hung = most_hung(total)
         self._limits = limits
         self._changed = changed
         self.wake_at: float = math.inf

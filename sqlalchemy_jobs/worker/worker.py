@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -18,7 +19,7 @@ from sqlalchemy_jobs import transitions
 from sqlalchemy_jobs.app import JobApp
 from sqlalchemy_jobs.errors import ConfigurationError
 from sqlalchemy_jobs.runs import Run
-from sqlalchemy_jobs.worker import execution, guard, preflight
+from sqlalchemy_jobs.worker import connections, execution, guard, preflight
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.claiming import Claimer
 from sqlalchemy_jobs.worker.control import Control
@@ -82,10 +83,14 @@ class Worker:
 
         True when every run came to its end; False when some were released at the shutdown timeout.
         """
+        return self._run(lambda connections, **_: log.info(connections.told()))
+
+    def _run(self, begun: Callable[..., None]) -> bool:
         parts = self._prepare(None)
         try:
             if self._check_when_reachable(parts, self._stop_requested):
                 parts.begin()
+                begun(parts.connections, one_writer=parts.one_writer)
                 while self._receive(LONGEST_WAIT) not in ("stop", "drained"):
                     pass
         finally:
@@ -264,12 +269,17 @@ class _Parts:
         self._ending = worker._ending
         self.availability = Availability()
         with app.context():
-            engine = preflight.engine_of(app)
+            engines = preflight.engines_of(app)
+        engine = engines[0] or engines[1]
+        assert engine is not None
         # A job that fails because its worker died in it must be found claimed, after a loss of power too.
         durable = any(each.declaration.on_crash == "fail" for each in self._handlers.values())
         self._control = Control(engine, self.availability, durable=durable)
         self._lease_control = Control(engine, self.availability)
         self._total = settings.total(self._control.dialect.concurrency)
+        self.connections = connections.most(
+            self._handlers.values(), *engines, self._total, self._control.dialect
+        )
         self.slots = Slots(self._total, settings.limits, self._on_change)
         self._settler = Settler(self._control, self.slots.disown)
         self._timeouts = Timeouts(lambda: self._timing.wake(), self._on_hung)
@@ -322,6 +332,7 @@ class _Parts:
         self._maintaining = Loop("maintenance", self._maintenance.step)
         self._looking_out = Loop("lookout", self._lookout.step)
         self._timing = Loop("timeouts", self._timeouts.step)
+        self.one_writer = self._control.dialect.one_writer
         self._beginning = threading.Lock()
         self._begun = False
 

@@ -139,6 +139,7 @@ def test_help_of_the_worker_names_every_option_and_the_exit_statuses(sajobs: Com
         "--import MODULE",
         "--queue NAME[=N]",
         "--concurrency N",
+        "--processes N",
         "--poll-interval S",
         "--lease S",
         "--shutdown-timeout S",
