@@ -48,7 +48,7 @@ def encode(payload: Payload) -> Stored:
         raise PayloadError(f"{path} cannot be stored: {error}", path=path) from error
     text = _checked_json(stored, cls.__name__)
     try:
-        restored = _from_stored(cls, json.loads(text))
+        restored = _from_stored(cls, _load(text)[0])
     except Exception as error:
         path = _path_in(error, cls.__name__)
         raise PayloadError(f"{path} could not be read back: {error}", path=path) from error
@@ -172,6 +172,7 @@ def _decode_other(cls: type, value: Any) -> Any:
 # --- what no database stores, and where it stands ----------------------------------------------
 
 _dumps = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+_load = json.JSONDecoder().raw_decode
 
 
 def _checked_json(stored: object, root: str) -> str:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import InstanceState, Mapper, Session, scoped_session
 
 from sqlalchemy_jobs.codec import digest, encode
 from sqlalchemy_jobs.columns import server_now
+from sqlalchemy_jobs.copying import copy
 from sqlalchemy_jobs.duplicates import ON_CONFLICT, Sent, expire_replaced, stand_ins
 from sqlalchemy_jobs.errors import DuplicateJob, EnqueueError, JobNeverAdded
 from sqlalchemy_jobs.ids import uuid7
@@ -58,9 +59,10 @@ def enqueue(
     as it was; DeclarationError when its class is not declared. The flush raises DuplicateJob for
     ``Unique(on_conflict="raise")``.
     """
-    values = _values(
-        payload, queue, priority, run_at, delay, max_attempts, tags, headers, unique_key
-    )
+    stored = encode(payload)
+    check_options(queue=queue, priority=priority, max_attempts=max_attempts)
+    common = _common(run_at, delay, tags, headers)
+    values = _values(payload, stored, queue, priority, max_attempts, unique_key, common)
     made = Job(**values)
     caller = sys._getframe(1)
     state: InstanceState[Job] = inspect(made)
@@ -103,21 +105,24 @@ def enqueue_many(
     plain: Session = session() if isinstance(session, scoped_session) else session
     rows: list[dict[str, Any]] = []
     sent: list[Sent] = []
+    check_options(queue=queue, priority=priority, max_attempts=max_attempts)
+    common = _NOT_UNIQUE | _common(run_at, delay, tags, headers)
     for payload in payloads:
-        values = _values(
-            payload, queue, priority, run_at, delay, max_attempts, tags, headers, unique_key
-        )
-        row = _NOT_UNIQUE | values  # every row of one statement has the same columns
+        stored = encode(payload)
+        row = _values(payload, stored, queue, priority, max_attempts, unique_key, common)
         rows.append(row)
         if row["unique_slot"] is not None:
             sent.append((row, _on_conflict(payload)))
     if not rows:
         return []
+    connection = plain.connection(bind_arguments=TO_JOB)
     if run_at is None:
-        offset = _clock_offset(plain.connection(bind_arguments=TO_JOB))
+        offset = _clock_offset(connection)
+        due = common["run_at"] + offset
         for row in rows:
-            row["run_at"] += offset
-    plain.execute(jobs.insert(), rows, bind_arguments=TO_JOB)
+            row["run_at"] = due
+    if sent or not copy(connection, rows):
+        plain.execute(jobs.insert(), rows, bind_arguments=TO_JOB)
     try:
         others = stand_ins(plain, sent) if sent else {}
     except DuplicateJob:
@@ -136,38 +141,46 @@ _DELETE = delete(jobs).where(jobs.c.id == bindparam("made"))
 
 def _values(
     payload: Payload,
+    stored: Stored,
     queue: str | None,
     priority: int | None,
-    run_at: datetime | None,
-    delay: timedelta | None,
     max_attempts: int | None,
-    tags: Sequence[str],
-    headers: Mapping[str, str] | None,
     unique_key: str | None,
+    common: Mapping[str, Any],
 ) -> dict[str, Any]:
-    stored = encode(payload)
     declared = declaration_of(type(payload))
-    check_options(queue=queue, priority=priority, max_attempts=max_attempts)
-    now = utcnow()
     values = {
+        **common,  # the same columns for every row of one statement
         "id": uuid7(),
         "kind": declared.kind,
         "queue": declared.queue if queue is None else queue,
         "priority": declared.priority if priority is None else priority,
+        "payload": stored,
+        "max_attempts": declared.max_attempts if max_attempts is None else max_attempts,
+    }
+    if declared.unique or unique_key is not None:
+        values |= _uniqueness(payload, stored, unique_key, common["created_at"])
+    return values
+
+
+def _common(
+    run_at: datetime | None,
+    delay: timedelta | None,
+    tags: Sequence[str],
+    headers: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Return what does not depend on the payload."""
+    now = utcnow()
+    return {
         "state": JobState.READY.value,
         "run_at": _due(now, run_at, delay),
-        "payload": stored,
         "attempt": 0,
         "failures": 0,
         "crashes": 0,
-        "max_attempts": declared.max_attempts if max_attempts is None else max_attempts,
         "tags": _checked_tags(tags),
         "headers": _checked_headers(headers),
         "created_at": now,
     }
-    if declared.unique or unique_key is not None:
-        values |= _uniqueness(payload, stored, unique_key, now)
-    return values
 
 
 _NOT_UNIQUE: dict[str, Any] = {"unique_key": None, "unique_slot": None, "unique_states": 0}
