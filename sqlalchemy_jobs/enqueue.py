@@ -63,9 +63,10 @@ def enqueue(
     check_options(queue=queue, priority=priority, max_attempts=max_attempts)
     common = _common(run_at, delay, tags, headers)
     values = _values(payload, stored, queue, priority, max_attempts, unique_key, common)
-    made = Job(**values)
-    caller = sys._getframe(1)
+    made = Job()
     state: InstanceState[Job] = inspect(made)
+    state.dict.update(values)  # Job(**values) would note for each that there was nothing before
+    caller = sys._getframe(1)
     state.dict["_fresh"] = _Fresh(
         state,
         None if run_at else made.run_at,
