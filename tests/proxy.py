@@ -23,7 +23,7 @@ class Proxy:
         self._server = server
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
-        self._armed: tuple[bytes, When] | None = None
+        self._armed: tuple[bytes, When, bytes] | None = None
         self.cuts = threading.Semaphore(0)
         self._flowing = threading.Event()
         self._flowing.set()
@@ -41,9 +41,9 @@ class Proxy:
     def _is_postgresql(self) -> bool:
         return self._server.get_backend_name() == "postgresql"
 
-    def cut_commit(self, of: str, when: When) -> None:
+    def cut_commit(self, of: str, when: When, by: str = "COMMIT") -> None:
         with self._lock:
-            self._armed = (of.encode(), when)
+            self._armed = (of.encode(), when, by.encode())
 
     def start(self) -> None:
         """Listen; on the same port as before when it was stopped."""
@@ -119,7 +119,7 @@ class Proxy:
                 with self._lock:
                     armed = self._armed
                     marked = marked or (armed is not None and armed[0] in data)
-                    cut = armed if marked and b"COMMIT" in data else None
+                    cut = armed if armed and marked and armed[2] in data else None
                     if cut:
                         self._armed = None
                 if cut and cut[1] == "before":
