@@ -1,4 +1,4 @@
-# make test | lint | format | chaos | demo | clean. Needs nothing but Python 3.11 or newer with its venv
+# make test | lint | format | bench | chaos | demo | clean. Needs nothing but Python 3.11 or newer with its venv
 # module: everything else goes into .venv. Another interpreter: make test PYTHON=/path/to/python
 
 # The newest interpreter that can make a virtual environment (Debian packages ensurepip apart).
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # In CI the log is read later, not watched.
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: test lint format chaos demo clean
+.PHONY: test lint format bench chaos demo clean
 .DEFAULT_GOAL := test
 
 test: lint
@@ -33,6 +33,10 @@ format: $(VENV)/dev-installed
 # make chaos ARGS="--database mysql --seconds 1200"
 chaos: $(VENV)/dev-installed
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+# Every question, which takes hours; one of them: .venv/bin/python -m benchmarks.limit
+bench: $(VENV)/dev-installed
+	$(BIN)/python -m benchmarks --write $(ARGS)
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python examples/quickstart/demo.py $(ARGS)
