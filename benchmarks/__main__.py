@@ -8,9 +8,11 @@ import sys
 
 PROGRAMS = (
     "limit",
+    "drain",
     "handlers",
     "adding",
     "bulk",
+    "latency",
     "backlog",
     "cores",
     "idle",
