@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias
@@ -12,6 +12,15 @@ Lane: TypeAlias = tuple[str, int]
 """A queue and a priority: jobs of one lane are claimed by time."""
 Mark: TypeAlias = tuple[datetime, uuid.UUID]
 """``run_at`` and id of a job."""
+
+
+class Due(NamedTuple):
+    """When the jobs of a lane fall due, in seconds from now."""
+
+    first: float
+    """The first of its ready jobs; 0 or less: it is due, or that is not known."""
+    next: float | None
+    """The first of those that are not due yet; None: there is none."""
 
 
 ALONE_FROM = 2
@@ -25,7 +34,7 @@ class Wanted:
     worker_id: uuid.UUID
     kinds: Sequence[str]
     """The kinds that it has handlers for; no other job is ever claimed."""
-    lanes: Sequence[Lane]
+    lanes: Collection[Lane]
     """Where ready jobs were seen; within a queue the better priority first."""
     room: Mapping[str, int]
     """How many jobs of each queue; the order of the queues decides when ``total`` is less."""

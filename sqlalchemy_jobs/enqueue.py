@@ -14,12 +14,14 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, Pool, bindparam, delete, event, inspect, select
 from sqlalchemy.orm import InstanceState, Mapper, Session, scoped_session
 
+from sqlalchemy_jobs import bell
 from sqlalchemy_jobs.codec import digest, encode
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.copying import copy
 from sqlalchemy_jobs.duplicates import ON_CONFLICT, Sent, expire_replaced, stand_ins
 from sqlalchemy_jobs.errors import DuplicateJob, EnqueueError, JobNeverAdded
 from sqlalchemy_jobs.ids import uuid7
+from sqlalchemy_jobs.inserts import RUNG_AHEAD
 from sqlalchemy_jobs.models import UNIQUE_KEY_LENGTH, Job, utcnow
 from sqlalchemy_jobs.outcomes import checked_delay
 from sqlalchemy_jobs.payloads import Payload, Stored, check_options, declaration_of
@@ -122,8 +124,11 @@ def enqueue_many(
         due = common["run_at"] + offset
         for row in rows:
             row["run_at"] = due
+    bell.tell_own(plain)
     if sent or not copy(connection, rows):
-        plain.execute(jobs.insert(), rows, bind_arguments=TO_JOB)
+        plain.execute(jobs.insert(), rows, bind_arguments=TO_JOB)  # which rings
+    elif common["run_at"] <= datetime.now(UTC) + timedelta(seconds=RUNG_AHEAD):
+        bell.ring(plain, {row["queue"] for row in rows})
     try:
         others = stand_ins(plain, sent) if sent else {}
     except DuplicateJob:

@@ -1,13 +1,13 @@
-"""The INSERT of a job: it leaves out what another job's unique slot keeps out, and raises no error.
+"""The INSERT of a job: it leaves out what another job's unique slot keeps out, and rings for idle workers.
 
-An IntegrityError would end the caller's transaction. So the clause rides on every INSERT that comes
-from the table itself: the ORM's own, ``bulk_save_objects`` and ``jobs.insert()``, but not on ``insert(Job)``.
-Who was left out is found by ``duplicates.py``.
+An IntegrityError would end the caller's transaction, and a statement of its own for the bell would cost a
+round trip. So both ride on every INSERT that comes from the table itself: the ORM's own, ``bulk_save_objects``
+and ``jobs.insert()``, but not on ``insert(Job)``. Who was left out is found by ``duplicates.py``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import ClauseElement, Insert, Table
 from sqlalchemy.ext.compiler import compiles
@@ -37,6 +37,34 @@ class _AfterValues(ClauseElement):
 @compiles(_AfterValues)
 def _keep_first(element: _AfterValues, compiler: SQLCompiler, **kw: Any) -> str:
     return "ON CONFLICT (unique_slot) DO NOTHING"
+
+
+CHANNEL = "sajobs_"
+"""A channel of PostgreSQL's NOTIFY is this and the oid of the table of jobs: there is one for each schema."""
+RUNG_AHEAD = 75
+"""How many seconds before a job is due the bell is rung for it. Every worker looks once a minute at least, and
+then sleeps until the next job that it sees."""
+
+# SILENT is set where a notification would make the transaction fail: a prepared one (``bell.py``).
+SILENT = "sajobs.silent"
+HEARD = f"""EXISTS (SELECT FROM {{workers}}
+  WHERE bell AND state = 'alive' AND lease_until > clock_timestamp())
+  AND current_setting('{SILENT}', true) IS DISTINCT FROM 'on'"""
+_RING = f"""RETURNING (SELECT pg_notify('{CHANNEL}' || CAST({{job}}.tableoid AS text), {{job}}.queue)
+  WHERE {{job}}.run_at < clock_timestamp() + interval '{RUNG_AHEAD} seconds' AND {HEARD})"""
+
+
+@compiles(_AfterValues, "postgresql")
+def _keep_first_and_ring(element: _AfterValues, compiler: SQLCompiler, **kw: Any) -> str:
+    clause = _keep_first(element, compiler)
+    statement = cast(Insert, compiler.stack[-1]["selectable"])
+    if statement._returning or compiler.implicit_returning:  # there can be one RETURNING only
+        return clause
+    names = compiler.preparer
+    table = cast(Table, statement.table)
+    workers = next(each for each in table.metadata.tables.values() if each.name == "sajobs_worker")
+    ring = _RING.format(job=names.quote(table.name), workers=names.format_table(workers))
+    return f"{clause} {ring}"
 
 
 @compiles(_AfterValues, "mysql", "mariadb")

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.orm.util import identity_key
 
-from sqlalchemy_jobs import dialects
+from sqlalchemy_jobs import bell, dialects
 from sqlalchemy_jobs.claims import Claim
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.enqueue import checked_run_at
@@ -81,6 +81,7 @@ def requeue(
     else:
         changed = _with_slot(session, job_id, row.unique_key, statement)
     if changed:
+        bell.ring(session)
         _refresh(session, job_id)
     return changed
 

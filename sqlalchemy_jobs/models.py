@@ -231,7 +231,7 @@ class WorkerRow(Base):
     server_start: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
     """The start of the server on which it took that lock; NULL: it holds none."""
     bell: Mapped[bool] = mapped_column(default=False)
-    """Whether an enqueuing transaction is to notify it. Reserved: not written yet."""
+    """Whether an enqueuing transaction is to notify it: PostgreSQL only, and not while it is busy."""
 
     def __repr__(self) -> str:
         return f"<WorkerRow {self.name} {self.state}>"

@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import dialects
+from sqlalchemy_jobs import bell, dialects
 from sqlalchemy_jobs.backoff import quartic
 from sqlalchemy_jobs.claims import Claim, Lane, Wanted
 from sqlalchemy_jobs.columns import microseconds, server_now
@@ -169,6 +169,8 @@ def fail(session: Session, claim: Claim, *, failure: Failure) -> bool:
 def release(session: Session, claim: Claim, *, reason: str) -> bool:
     """running -> ready at once, no failure: the run was given up, or its commit never arrived."""
     moved = _to_ready(session, claim)
+    if moved:
+        bell.ring(session)
     return moved and record(session, claim, Outcome.RELEASED, Failure(reason))
 
 
@@ -211,6 +213,8 @@ def give_back_many(session: Session, claims: Sequence[Claim]) -> set[uuid.UUID]:
     """The same for many, never waiting: as ``complete_many``."""
     locked = _lock_many(session, claims)
     session.execute(_GIVE_BACK, {"ids": sorted(locked)}, bind_arguments=TO_JOB)
+    if locked:
+        bell.ring(session)
     return locked
 
 
@@ -250,6 +254,8 @@ def release_unowned(
             lost = Claim(job_id, attempt, worker_id)
             if _to_ready(session, lost):
                 released.append(job_id)
+    if released:
+        bell.ring(session)
     return released
 
 
@@ -349,6 +355,8 @@ def rescue_orphans(session: Session, worker_id: uuid.UUID) -> dict[uuid.UUID, Jo
             _to_ready(session, lost, wait, failed=int(row.started_at is not None), crashed=1)
             rescued[row.id] = JobState.READY
         record(session, lost, Outcome.CRASHED, failure)
+    if rescued:
+        bell.ring(session)
     return rescued
 
 

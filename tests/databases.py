@@ -109,6 +109,7 @@ class EmbeddedPostgres:
     # session's clock for UTC.
     SETTINGS = """
         max_connections = 200
+        max_prepared_transactions = 10
         fsync = off
         full_page_writes = off
         timezone = 'Asia/Kathmandu'

@@ -109,8 +109,20 @@ def seconds(minimum: float, *, open_: bool = False) -> dict[str, Any]:
     "--poll-interval",
     default=1.0,
     envvar="SAJOBS_POLL_INTERVAL",
-    help="How many seconds an idle worker waits at most.",
+    help="How many seconds an idle worker waits at most, where it is not told of new jobs.",
     **seconds(0, open_=True),
+)
+@click.option(
+    "--listen/--no-listen",
+    default=True,
+    envvar="SAJOBS_LISTEN",
+    help="Whether to be told of new jobs by PostgreSQL's LISTEN.",
+)
+@click.option(
+    "--listen-url",
+    envvar="SAJOBS_LISTEN_URL",
+    metavar="URL",
+    help="How to connect for that, and for the lock beside the lease, where the app connects through a pooler.",
 )
 @click.option(
     "--lease",
@@ -166,6 +178,8 @@ def worker(
     concurrency: int | None,
     processes: int,
     poll_interval: timedelta,
+    listen: bool,
+    listen_url: str | None,
     lease: timedelta,
     shutdown_timeout: timedelta,
     keep: timedelta | None,
@@ -199,6 +213,8 @@ def worker(
             queues=dict(queues),
             concurrency=concurrency,
             poll_interval=poll_interval,
+            listen=listen,
+            listen_url=listen_url,
             lease=lease,
             shutdown_timeout=shutdown_timeout,
             keep=keep,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import cached_property
@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Lane, Wanted
+from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Due, Lane, Wanted
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.errors import UnsupportedServer
 from sqlalchemy_jobs.states import JobState, WorkerState
@@ -101,6 +101,31 @@ class SessionLocks(ABC):
         """Take a worker's lock, without waiting for it."""
 
 
+class Ear(ABC):
+    """A session that the server tells of new jobs. Its connection must stay open, and is used for nothing else."""
+
+    @abstractmethod
+    def __init__(
+        self, connection: Connection, rung: Callable[[str], None], ended: Callable[[], None]
+    ) -> None:
+        """Begin. ``rung`` will be called with a queue, or with "" for any; ``ended`` when the session has ended, where
+        there is no socket that says so. Both perhaps in another thread.
+        """
+
+    @property
+    @abstractmethod
+    def socket(self) -> int | None:
+        """What becomes readable when there is something to take in; None: that happens by itself."""
+
+    @abstractmethod
+    def take_in(self) -> None:
+        """Call ``rung`` for what has come. Raises what the driver does when the session has ended."""
+
+    @abstractmethod
+    def check(self, connection: Connection) -> None:
+        """Raise when the session has ended or does not hear of these tables any more."""
+
+
 class Dialect(ABC):
     """One database: the transitions that are written differently, and how its errors read."""
 
@@ -117,6 +142,8 @@ class Dialect(ABC):
     """How many runs at once, unless the user says otherwise."""
     session_locks: ClassVar[SessionLocks | None] = None
     """None: whether a worker lives is known by its lease only."""
+    ear: ClassVar[type[Ear] | None] = None
+    """None: the server tells nobody of new jobs."""
 
     def level_of_a_statement(self, session: Session) -> str:
         """Return the isolation level of a statement outside a transaction."""
@@ -124,17 +151,17 @@ class Dialect(ABC):
 
     # --- claiming ---------------------------------------------------------------------------------
 
-    def lanes(self, session: Session, queues: Sequence[str]) -> list[Lane]:
-        """Return the lanes of these queues (none given: of all) that have ready jobs.
+    def lanes(self, session: Session, queues: Sequence[str]) -> dict[Lane, Due]:
+        """Return the lanes of these queues (none given: of all) that have ready jobs, and when these fall due.
 
         By one descent of the index for each. Scanning all priorities in one go would walk past, and on
         InnoDB lock, every job that is scheduled for later at a better priority.
         """
-        return [
-            (queue, priority)
+        return {
+            (queue, priority): Due(0.0, self._due_in(session, queue, priority))
             for queue in queues or self._climb(session, jobs.c.queue)
             for priority in self._climb(session, jobs.c.priority, jobs.c.queue == queue)
-        ]
+        }
 
     def _climb(self, session: Session, column: Any, *where: Any) -> Iterator[Any]:
         """Yield the distinct values of the next column of the index, in order."""
@@ -143,6 +170,30 @@ class Dialect(ABC):
         while value is not None:
             yield value
             value = session.scalar(first.where(column > value), bind_arguments=TO_JOB)
+
+    def _due_in(self, session: Session, queue: str, priority: int) -> float | None:
+        lane = {"of_queue": queue, "of_priority": priority}
+        row = session.execute(self._next_due, lane, bind_arguments=TO_JOB).first()
+        return None if row is None else float((row.run_at - row.now).total_seconds())
+
+    @cached_property
+    def _next_due(self) -> Any:
+        return (
+            self._by_ready_index(select(jobs.c.run_at, server_now().label("now")))
+            .where(
+                jobs.c.queue == bindparam("of_queue"),
+                jobs.c.priority == bindparam("of_priority"),
+                jobs.c.run_at > server_now(),
+            )
+            .order_by(jobs.c.run_at)
+            .limit(1)
+        )
+
+    def ring(self, session: Session, queues: Collection[str]) -> None:  # noqa: B027 (nothing is a way)
+        """Have idle workers look at these queues (none given: at all) when the transaction is committed.
+
+        Where the server has no way to tell them, they look by themselves.
+        """
 
     def claim(self, session: Session, wanted: Wanted) -> list[Claim]:
         """Lock the due jobs lane by lane, then update them all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
 from operator import itemgetter
@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Lane, Wanted
+from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Due, Lane, Wanted
 from sqlalchemy_jobs.columns import utc_datetime
 from sqlalchemy_jobs.dialects.base import (
     CLAIMED,
@@ -45,7 +45,9 @@ from sqlalchemy_jobs.dialects.base import (
     claim_of,
     waited_in_vain,
 )
+from sqlalchemy_jobs.dialects.listening import CHANNEL_OF_TABLE, Listening, table_of
 from sqlalchemy_jobs.errors import EngineError, MigrationError
+from sqlalchemy_jobs.inserts import HEARD
 from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.tables import BEGUN, HAS_NO_SLOT, TO_JOB, final, jobs, schema_of, workers
 
@@ -65,18 +67,23 @@ WHERE pg_class.oid = to_regclass('sajobs_job') AND nspname <> current_schema()
 
 # A loose index scan: one descent for each lane, however many jobs lie in it.
 _LANES = """
-WITH RECURSIVE lane (queue, priority) AS (
-  (SELECT queue, priority FROM {jobs}
+WITH RECURSIVE lane (queue, priority, run_at) AS (
+  (SELECT queue, priority, run_at FROM {jobs}
    WHERE state = 'ready' AND limit_key IS NULL
-   ORDER BY queue, priority LIMIT 1)
+   ORDER BY queue, priority, run_at LIMIT 1)
   UNION ALL
-  SELECT next.queue, next.priority
+  SELECT next.queue, next.priority, next.run_at
   FROM lane CROSS JOIN LATERAL (
-    SELECT queue, priority FROM {jobs}
+    SELECT queue, priority, run_at FROM {jobs}
     WHERE state = 'ready' AND limit_key IS NULL AND (queue, priority) > (lane.queue, lane.priority)
-    ORDER BY queue, priority LIMIT 1) next
+    ORDER BY queue, priority, run_at LIMIT 1) next
 )
-SELECT queue, priority FROM lane
+SELECT queue, priority, CAST(extract(epoch FROM run_at - clock_timestamp()) AS float8) AS first_in, (
+  SELECT CAST(extract(epoch FROM job.run_at - clock_timestamp()) AS float8) FROM {jobs} job
+  WHERE job.state = 'ready' AND job.limit_key IS NULL
+    AND job.queue = lane.queue AND job.priority = lane.priority AND job.run_at > now()
+  ORDER BY job.run_at LIMIT 1) AS next_in
+FROM lane
 """
 
 # The due jobs of each lane are locked in the innermost query: a sort or a UNION above it would lock more than
@@ -129,6 +136,10 @@ WITH completed AS (
   WHERE id = '{{job_id}}' AND attempt = {{attempt}} AND worker_id = '{{worker_id}}' RETURNING 1)
 SELECT CAST(CASE count(*) WHEN 1 THEN '1' ELSE '{_LEASE_LOST}' END AS int) FROM completed;
 COMMIT
+"""
+_RING = f"""
+SELECT pg_notify({CHANNEL_OF_TABLE}, queue)
+FROM unnest(CAST(:queues AS varchar[])) AS queue WHERE {HEARD}
 """
 _ORDER = itemgetter(len(CLAIMED) - 2, len(CLAIMED) - 1, 0)
 
@@ -185,6 +196,11 @@ def _lanes(schema: str | None) -> TextClause:
 
 
 @cache
+def _ring(schema: str | None) -> TextClause:
+    return text(_in_schema(_RING, schema)).bindparams(bindparam("queues", type_=ARRAY(String)))
+
+
+@cache
 def _claim(schema: str | None, free_slots: bool) -> TextualSelect:
     claim = _CLAIM.replace("{and_keys_are_free}", _KEYS_ARE_FREE if free_slots else "")
     return (
@@ -234,14 +250,26 @@ class PostgreSQL(Dialect):
     why_oldest = "this library is tested with"
     session_locks = AdvisoryLocks()
     single_statements = True
+    ear = Listening
 
     def level_of_a_statement(self, session: Session) -> str:
         level = func.current_setting("default_transaction_isolation")
         return str(session.scalar(select(level), bind_arguments=TO_JOB))
 
-    def lanes(self, session: Session, queues: Sequence[str]) -> list[Lane]:
+    def lanes(self, session: Session, queues: Sequence[str]) -> dict[Lane, Due]:
         found = session.execute(_lanes(_schema(session)), bind_arguments=TO_JOB)
-        return [(row.queue, row.priority) for row in found if not queues or row.queue in queues]
+        return {
+            (row.queue, row.priority): Due(row.first_in, row.next_in)
+            for row in found
+            if not queues or row.queue in queues
+        }
+
+    def ring(self, session: Session, queues: Collection[str]) -> None:
+        session.execute(
+            _ring(schema := _schema(session)),
+            {"queues": list(queues) or [""], "table": table_of(schema)},
+            bind_arguments=TO_JOB,
+        )
 
     def claim(self, session: Session, wanted: Wanted) -> list[Claim]:
         marks = [wanted.marks.get(lane, (None, None)) for lane in wanted.lanes]

@@ -7,7 +7,7 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from sqlalchemy.orm import Session
@@ -23,17 +23,23 @@ from sqlalchemy_jobs.worker.leases import Lease
 from sqlalchemy_jobs.worker.loops import SHORTEST_PAUSE
 from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.slots import Slots
+from sqlalchemy_jobs.worker.wakeup import Wakeup
 
 log = logging.getLogger("sqlalchemy_jobs")
 
 IDLE_WAITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Seconds an idle worker waits before it looks again; then its poll interval, which also bounds these."""
+"""Seconds an idle worker waits before it looks again; then its poll interval, which also bounds these, or longer where
+it is told of new jobs."""
+SHORTEST_WAIT = 0.001
+"""Seconds to wait at least for a job that is about to fall due: SQLite's clock has no finer grain."""
 SWEEP = 1.0
 """Seconds for which a worker under full load may miss a lane that is new, or a job that was committed late."""
 SWEEPS_SHARE = 20
 """A claim from the beginning may have to read what others have left behind: so many times as long pass until the next."""
 RECONCILE = 10.0
 """Seconds between two reconciliations of an undisturbed worker."""
+IDLE_RECONCILE = 300.0
+"""The same while it claims nothing."""
 AHEAD = 0.25
 """Seconds of work that may wait in the worker, at the speed that was observed."""
 MOST_AHEAD = 1000
@@ -93,6 +99,7 @@ class Claimer:
         slots: Slots,
         handlers: Mapping[str, Handler],
         settings: Settings,
+        wakeup: Wakeup,
         start: Callable[[], None],
         give_back: Callable[[list[Run]], None],
         drained: Callable[[], None],
@@ -108,17 +115,21 @@ class Claimer:
         uniques = [each.declaration.unique for each in handlers.values()]
         self._free_slots = any(each and not each.holds_in(JobState.RUNNING) for each in uniques)
         self._settings = settings
+        self._wakeup = wakeup
         self._start = start
         self._give_back = give_back
         self._drained = drained
         self._poll = settings.poll_interval.total_seconds()
         self._idle_polls = 0
-        self._lanes: list[Lane] = []
+        self._looked_at = -math.inf
+        self._lanes: Collection[Lane] = ()
         self._marks: dict[Lane, Mark] = {}
         self._sweep_at = 0.0
+        self._next_due = math.inf
         self._speed = Speed(slots, settings.limits)
         self._ahead_until = 0.0
-        self._reconcile_at = 0.0
+        self._reconciled_at = -math.inf
+        self._has_claimed = False
         self._losses_seen = 0
         self._clearing = Clearing()
 
@@ -126,6 +137,10 @@ class Claimer:
         worker_id = self._lease.worker_id
         if worker_id is None:
             return SHORTEST_PAUSE
+        if self._wakeup.was_turned_on():
+            self._idle_polls = 0
+        elif (early := self._too_early()) > 0:
+            return early
         self._reconcile(worker_id)
         self._give_back(self._slots.withdraw(LONGEST_AHEAD))
         self._slots.wake_at = math.inf  # before looking: what is given up meanwhile wakes this loop
@@ -135,15 +150,23 @@ class Claimer:
         if free <= enough:
             if ahead:
                 self._slots.wake_at = self._slots.total + enough
+            self._wakeup.claimed(full=True)
             self._tell_if_drained()
             return min(self._poll, LONGEST_AHEAD) if self._slots.waiting else self._poll
         began_at, marked = time.monotonic(), bool(self._marks)
-        claims, asked = self._control.statements(
-            lambda session: self._claim(session, worker_id, ahead)
-        )
+        if self._sees_due():
+            claims, asked = self._control.statements(
+                lambda session: self._claim(session, worker_id, ahead)
+            )
+        else:
+            claims, asked = [], 0
+            self._slots.wake_at = -1  # no slot that is given up would let it claim more
+        is_full = 0 < asked <= len(claims)
+        self._looked_at = time.monotonic()
+        self._wakeup.claimed(full=is_full)
+        self._has_claimed |= bool(claims)
         self._slots.take([Run(claim) for claim in claims])
         self._start()
-        is_full = 0 < asked <= len(claims)
         self._mark(claims if is_full else [], began_at)
         if not is_full:
             self._ahead_until = 0.0
@@ -154,7 +177,23 @@ class Claimer:
             return 0.0 if is_full or marked else min(IDLE_WAITS[0], self._poll)
         self._tell_if_drained()
         self._idle_polls += 1
-        return min((*IDLE_WAITS, self._poll)[min(self._idle_polls, len(IDLE_WAITS))], self._poll)
+        return self._idle_wait()
+
+    def _idle_wait(self) -> float:
+        """Return how long to sleep: until the next job that is known falls due, at most."""
+        if self._idle_polls < len(IDLE_WAITS):
+            wait = min(IDLE_WAITS[self._idle_polls], self._poll)
+        elif self._slots.is_idle():
+            wait = self._wakeup.longest_sleep(self._idle_polls - len(IDLE_WAITS))
+        else:  # what it runs may become due again, and nobody rings for that
+            wait = self._poll
+        return min(wait, max(self._next_due - time.monotonic(), SHORTEST_WAIT))
+
+    def _too_early(self) -> float:
+        """Return for how long not to look: others were quicker than this one each time that it was woken."""
+        if self._idle_polls <= len(IDLE_WAITS):
+            return 0.0
+        return min(IDLE_WAITS[0], self._poll) + self._looked_at - time.monotonic()
 
     def _tell_if_drained(self) -> None:
         if self._settings.drain and self._slots.is_idle() and self._is_drained():
@@ -196,12 +235,23 @@ class Claimer:
             claims = transitions.claim(session, replace(alone, marks={}))
         return claims, asked
 
-    def _find_lanes(self, session: Session) -> list[Lane]:
-        """Return where ready jobs are; looked up again now and then, and after a claim that came short."""
-        if not self._marks or time.monotonic() >= self._sweep_at:
-            self._marks = {}
-            self._lanes = dialects.of(session).lanes(session, list(self._settings.limits))
+    def _find_lanes(self, session: Session) -> Collection[Lane]:
+        """Return where ready jobs are; looked up again now and then, and after a claim that came empty."""
+        if time.monotonic() >= self._sweep_at:
+            self._look(session)
         return self._lanes
+
+    def _sees_due(self) -> bool:
+        """Look whether anything is due, after a claim that came empty; else take it that there is."""
+        return self._idle_polls == 0 or self._control.statements(self._look)
+
+    def _look(self, session: Session) -> bool:
+        found = dialects.of(session).lanes(session, list(self._settings.limits))
+        now = time.monotonic()
+        self._lanes, self._marks, self._sweep_at = found.keys(), {}, now + SWEEP
+        later = [due.next for due in found.values() if due.next is not None]
+        self._next_due = now + min(later, default=math.inf)
+        return any(due.first <= 0 for due in found.values())
 
     def _mark(self, claims: list[Claim], began_at: float) -> None:
         """Remember how far each lane was claimed, while claims come full.
@@ -212,7 +262,7 @@ class Claimer:
             self._marks = {}
         elif not self._marks:
             now = time.monotonic()
-            self._sweep_at = now + max(SWEEP, SWEEPS_SHARE * (now - began_at))
+            self._sweep_at = max(self._sweep_at, now + SWEEPS_SHARE * (now - began_at))
         for each in claims:  # in the order of each lane
             assert each.run_at is not None
             self._marks[each.queue, each.priority] = each.run_at, each.job_id
@@ -227,7 +277,8 @@ class Claimer:
     def _reconcile(self, worker_id: uuid.UUID) -> None:
         """Give back what is running under our id but not here, after a lost connection and now and then."""
         losses, now = self._control.availability.losses, time.monotonic()
-        if losses == self._losses_seen and now < self._reconcile_at:
+        interval = RECONCILE if self._has_claimed else IDLE_RECONCILE
+        if losses == self._losses_seen and now < self._reconciled_at + interval:
             return
         owned = {(run.job_id, run.attempt) for run in self._slots.owned()}
         released = self._control.transaction(
@@ -235,4 +286,5 @@ class Claimer:
         )
         if released:
             log.warning("jobs that a lost connection had left behind, released: %d", len(released))
-        self._losses_seen, self._reconcile_at = losses, now + RECONCILE
+        self._losses_seen, self._reconciled_at = losses, now
+        self._has_claimed = bool(owned)

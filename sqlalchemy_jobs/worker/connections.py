@@ -52,8 +52,8 @@ def most(
             used += min(runs if is_async in colours else 1, _limit(each.pool))
     of_control = engine or async_engine
     assert of_control is not None
-    lock = 0 if dialect.session_locks is None else 1
-    return Connections(int(used), int(min(CONTROL, _limit(of_control.pool))) + LEASE + lock)
+    kept_open = (dialect.session_locks is not None) + (dialect.ear is not None)
+    return Connections(int(used), int(min(CONTROL, _limit(of_control.pool))) + LEASE + kept_open)
 
 
 def _limit(pool: Pool) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import dialects, sqlite
@@ -150,6 +150,20 @@ class Control:
     async def _close_async(self, engine: AsyncEngine) -> None:
         await self._drop_kept_async()
         await engine.dispose()
+
+
+def direct(engine: Engine | AsyncEngine, url: str | URL | None) -> Engine | AsyncEngine:
+    """Make an engine for another way to the same database; None: return the engine itself."""
+    if url is None:
+        return engine
+    url = make_url(url)
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    if url.get_dialect().is_async:
+        from sqlalchemy.ext.asyncio import create_async_engine
+
+        return create_async_engine(url, **_options(engine))
+    return create_engine(url, **_options(engine))
 
 
 def _own(engine: Engine, durable: bool) -> Engine:

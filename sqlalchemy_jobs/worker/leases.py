@@ -25,6 +25,7 @@ from sqlalchemy_jobs.tables import IS_RUNNING, TO_JOB, jobs, workers
 from sqlalchemy_jobs.transitions import release_unowned
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.locks import SessionLock
+from sqlalchemy_jobs.worker.wakeup import Wakeup
 
 log = logging.getLogger("sqlalchemy_jobs")
 
@@ -50,10 +51,12 @@ def register(
     *,
     worker_id: uuid.UUID | None = None,
     locked_since: datetime | None = None,
+    bell: bool = False,
 ) -> uuid.UUID:
     """Insert the row of a new worker under an id that has never been used before. No queues: all.
 
-    ``locked_since``: the start of the server on which it holds its lock already, if it does.
+    ``locked_since``: the start of the server on which it holds its lock already, if it does. ``bell``: whether
+    it listens.
     """
     worker_id = worker_id or uuid7()
     session.execute(
@@ -64,7 +67,7 @@ def register(
             queues=list(queues) or None,
             kinds=list(kinds),
             started_at=server_now(),
-            **_renewed(lease, locked_since),
+            **_renewed(lease, locked_since, bell),
         ),
         bind_arguments=TO_JOB,
     )
@@ -76,6 +79,7 @@ def renew(
     worker_id: uuid.UUID,
     lease: timedelta,
     locked_since: datetime | None = None,
+    bell: bool = False,
 ) -> bool | None:
     """Prolong the lease; return whether there are other workers.
 
@@ -84,7 +88,7 @@ def renew(
     renewal = (
         update(workers)
         .where(workers.c.id == worker_id, workers.c.state == WorkerState.ALIVE.value)
-        .values(_renewed(lease, locked_since))
+        .values(_renewed(lease, locked_since, bell))
     )
     other = workers.alias()
     others = exists().where(other.c.id != worker_id, other.c.state == WorkerState.ALIVE.value)
@@ -96,12 +100,13 @@ def renew(
     return session.scalar(select(others), bind_arguments=TO_JOB)
 
 
-def _renewed(lease: timedelta, locked_since: datetime | None) -> dict[str, Any]:
+def _renewed(lease: timedelta, locked_since: datetime | None, bell: bool) -> dict[str, Any]:
     return {
         "heartbeat_at": server_now(),
         "lease_until": server_now(lease),
         "holds_lock": locked_since is not None,
         "server_start": locked_since,
+        "bell": bell,
     }
 
 
@@ -183,7 +188,8 @@ def forget_dead(session: Session) -> None:
 class Lease:
     """The step of a loop: registers, then renews. The loop and its connection serve nothing else.
 
-    ``lost`` is called when another worker has declared this one dead (the runs in flight are then no longer
+    ``ready`` is called when there may be jobs that nobody has told of: after it has registered, and when its row
+    says for the first time that the bell is on. ``lost`` is called when another worker has declared this one dead (the runs in flight are then no longer
     ours, and a new id is taken), and when the lease is about to end unrenewed (they may soon be).
     """
 
@@ -193,17 +199,19 @@ class Lease:
         lease: timedelta,
         queues: Sequence[str],
         kinds: Collection[str],
-        registered: Callable[[], None],
+        ready: Callable[[], None],
         lost: Callable[..., None],
         lock: SessionLock | None = None,
+        wakeup: Wakeup | None = None,
     ) -> None:
         self._control = control
         self._lease = lease
         self._queues = queues
         self._kinds = kinds
-        self._registered = registered
+        self._ready = ready
         self._lost = lost
         self._session_lock = lock
+        self._wakeup = wakeup
         self._id: uuid.UUID | None = None
         self._valid_until = 0.0
         self._suspended = False
@@ -236,8 +244,9 @@ class Lease:
 
     def step(self) -> float:
         asked_at = time.monotonic()
+        bell = self._wakeup is not None and self._wakeup.wanted
         try:
-            self._renew_or_register()
+            self._renew_or_register(bell)
         except Exception as error:
             self._renewed_at = -math.inf
             # A locked database (SQLite) has answered: nobody else can take the jobs either.
@@ -257,8 +266,9 @@ class Lease:
         with self._lock:
             self._valid_until = asked_at + self._lease.total_seconds()
             resumed, self._suspended = self._suspended, False
-        if resumed:
-            self._registered()
+        turned_on = self._wakeup is not None and self._wakeup.announced(bell)
+        if resumed or turned_on:
+            self._ready()
         return self._interval
 
     def watch(self) -> float:
@@ -281,13 +291,10 @@ class Lease:
             self._id = None
             self._control.transaction(lambda session: unregister(session, worker_id))
 
-    def _renew_or_register(self) -> None:
+    def _renew_or_register(self, bell: bool) -> None:
         # The lock first: a row says only what is true already.
         if (old_id := self._id) is not None:
-            since = self._hold_lock(old_id)
-            company = self._control.statements(
-                lambda session: renew(session, old_id, self._lease, since)
-            )
+            company = self._renew(old_id, bell)
             if company is not None:
                 self.has_company = company
                 return
@@ -303,10 +310,27 @@ class Lease:
                 list(self._kinds),
                 worker_id=new_id,
                 locked_since=since,
+                bell=bell,
             )
         )
         self.has_company = True  # to be seen at the first renewal
         self._suspended = True
+
+    def _renew(self, worker_id: uuid.UUID, bell: bool) -> bool | None:
+        """Renew in the session of the lock if it is held: its answer proves that it is held still."""
+        lock, unknown_there = self._session_lock, False
+        if lock is not None and (since := lock.held_since(worker_id)) is not None:
+            company = lock.ask(lambda session: renew(session, worker_id, self._lease, since, bell))
+            if company is not None:
+                return company
+            unknown_there = lock.held_since(worker_id) is not None
+        since = self._hold_lock(worker_id)
+        company = self._control.statements(
+            lambda session: renew(session, worker_id, self._lease, since, bell)
+        )
+        if lock is not None and unknown_there and company is not None:
+            lock.leads_elsewhere()
+        return company
 
     def _hold_lock(self, worker_id: uuid.UUID) -> datetime | None:
         return self._session_lock.hold(worker_id) if self._session_lock else None

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import uuid
+from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from sqlalchemy import Connection, select
+from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs.dialects.base import SessionLocks
 from sqlalchemy_jobs.worker.availability import brief, is_lost
 from sqlalchemy_jobs.worker.control import Control
 
 log = logging.getLogger("sqlalchemy_jobs")
+
+T = TypeVar("T")
 
 LEAST_SILENCE = timedelta(seconds=10)
 """For how long, at least, the server waits for a sign of the worker before it frees the lock."""
@@ -51,6 +56,37 @@ class SessionLock:
             return server_start
         return None
 
+    def held_since(self, worker_id: uuid.UUID) -> datetime | None:
+        """Return the start of the server that keeps the lock, as far as is known without asking."""
+        held_by, since = self._held or (None, None)
+        return since if held_by == worker_id else None
+
+    def ask(self, work: Callable[[Session], T]) -> T | None:
+        """Run one quick statement, in autocommit, in the session of the lock that is held.
+
+        None when it must be run elsewhere. When the lock turns out to be lost together with its connection, the
+        driver's error is raised, as by ``hold``.
+        """
+        held, self._held = self._held, None
+        try:
+            answer = self._control.on_kept_connection(
+                lambda connection: _in_session(connection, work)
+            )
+        except Exception as error:
+            if is_lost(error):
+                raise
+            if not self._control.dialect.is_conflict(error):
+                self._give_up(brief(error))
+            return None
+        self._held = held
+        return answer
+
+    def leads_elsewhere(self) -> None:
+        """Do without: what is asked in the session of the lock is not answered by the database of the jobs."""
+        self._held = None
+        self._control.drop_kept_connection()
+        self._give_up("its connection leads to another database")
+
     def close(self) -> None:
         """End the session, and with it the lock."""
         self._control.close()
@@ -86,3 +122,8 @@ class SessionLock:
     def _give_up(self, why: str) -> None:
         self._to_be_had = False
         log.info("no lock beside the lease, so a death is noticed when that has passed: %s", why)
+
+
+def _in_session(connection: Connection, work: Callable[[Session], T]) -> T:
+    with Session(connection) as session:
+        return work(session)

@@ -39,6 +39,10 @@ BROKEN_VIEW = 2 * LONGEST_PAUSE
 """The same after a renewal that failed: others may have lost their locks too, and take as long to come back."""
 SWEEP = 10.0
 """Seconds between two sweeps for jobs whose worker is dead or gone."""
+LONE_SWEEP = 60.0
+"""The same while there is no other worker, and the last one has found nothing."""
+FORGET = 3600.0
+"""Seconds between two looks for the rows of workers that have been dead for long."""
 REPORT = 60.0
 """Seconds between two looks for jobs that nobody serves."""
 PRUNE = 60.0
@@ -73,6 +77,7 @@ class Maintenance:
         self._grace = length.total_seconds() / 3
         self._look = min(LOOK, length.total_seconds() / 6)
         self._next_sweep = 0.0
+        self._next_forget = 0.0
         self._next_report = 0.0
         self._next_prune = 0.0
         self._prunings: dict[tuple[JobState, str], retention.Pruning] = {}
@@ -86,10 +91,13 @@ class Maintenance:
         now = time.monotonic()
         wait = self._look
         if self._lease.has_company and (me := self._lease.worker_id) is not None:
-            wait = self._judge(self._control.transaction(lambda session: look(session, me)))
+            wait = self._judge(self._control.statements(lambda session: look(session, me)))
         if now >= self._next_sweep:
-            self._sweep()
-            self._next_sweep = now + SWEEP
+            found = self._sweep()
+            self._next_sweep = now + (SWEEP if found or self._lease.has_company else LONE_SWEEP)
+        if now >= self._next_forget:
+            self._control.transaction(forget_dead)
+            self._next_forget = now + FORGET
         if now >= self._next_report and self._lease.worker_id is not None:
             self._report()
             self._next_report = now + REPORT
@@ -128,6 +136,7 @@ class Maintenance:
         rescued = self._control.transaction(
             lambda session: transitions.rescue(session, other.id, other.heartbeat_at)
         )
+        self._next_sweep = min(self._next_sweep, time.monotonic() + SWEEP)  # for what it left
         if rescued is None:
             self._tell_of_shield(other)
         else:
@@ -143,13 +152,15 @@ class Maintenance:
                 other.name,
             )
 
-    def _sweep(self) -> None:
-        for worker_id in self._control.transaction(transitions.orphaning_workers):
+    def _sweep(self) -> bool:
+        """Rescue what the dead have left behind; True when there was any: it comes in batches."""
+        orphaning = self._control.statements(transitions.orphaning_workers)
+        for worker_id in orphaning:
             orphans = self._control.transaction(
                 lambda session, v=worker_id: transitions.rescue_orphans(session, v)  # type: ignore[misc]
             )
             self._tell(f"worker {worker_id} is gone", orphans)
-        self._control.transaction(forget_dead)
+        return bool(orphaning)
 
     def _tell(self, what: str, rescued: Mapping[uuid.UUID, JobState]) -> None:
         self._rescued()
@@ -160,7 +171,7 @@ class Maintenance:
 
     def _prune(self, until: float) -> bool:
         """Delete what has been kept for long enough; False when there is more than could be done now."""
-        of_others = self._control.transaction(find_kinds) - self._handlers.keys()
+        of_others = self._control.statements(find_kinds) - self._handlers.keys()
         if (now := time.monotonic()) >= self._forget_prunings:
             self._prunings.clear()
             self._forget_prunings = now + REFUSED_FOR
@@ -178,7 +189,7 @@ class Maintenance:
             # Without a period it keeps others out for ever.
             return unique.period and max(kept, unique.period)
 
-        for state, kind, end in self._control.transaction(lambda s: retention.expired(s, keep)):
+        for state, kind, end in self._control.statements(lambda s: retention.expired(s, keep)):
             try:
                 if not self._prune_kind(state, kind, end, until):
                     return False
@@ -221,7 +232,7 @@ class Maintenance:
         return unique if unique and unique.holds_in(state) else None
 
     def _report(self) -> None:
-        unserved = self._control.transaction(find_unserved)
+        unserved = self._control.statements(find_unserved)
         for queue, kind in sorted(unserved - self._reported, key=str):
             if kind is None:
                 log.warning('queue "%s" has due jobs, and no worker serves it', queue)

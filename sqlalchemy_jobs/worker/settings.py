@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypedDict
+from typing import TypedDict, cast
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from sqlalchemy_jobs.errors import ConfigurationError
 from sqlalchemy_jobs.payloads import check_options
@@ -22,6 +25,8 @@ class Options(TypedDict, total=False):
     keep: timedelta | None
     keep_failed: timedelta | None
     drain: bool
+    listen: bool
+    listen_url: str | URL | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Settings:
     """How many runs at once, in this process. None: the sum of the queues' own when each has one,
     else 10, on SQLite 1 (it has one write lock)."""
     poll_interval: timedelta = timedelta(seconds=1)
-    """How long an idle worker waits at most before it looks again."""
+    """How long an idle worker waits at most before it looks again, where it is not told of new jobs."""
     lease: timedelta = timedelta(seconds=30)
     """For how long the worker is believed alive without renewing; renewed every sixth of it, at
     least every 2 s, or 5 s while there is no other worker. A dead worker's jobs are brought back when it has
@@ -54,6 +59,12 @@ class Settings:
     """The same for jobs that failed."""
     drain: bool = False
     """Stop by itself when no job is due and none is running, here or in another worker."""
+    listen: bool = True
+    """Whether to be told of new jobs, on PostgreSQL. An idle worker that is told looks by itself every 15 s only,
+    or every ``poll_interval`` if that is longer, but each minute; one that is not told every ``poll_interval``."""
+    listen_url: str | URL | None = field(default=None, repr=False)
+    """How to connect for that, and for the lock beside the lease, when the engine leads through a pooler. The same
+    database of the same server. None: as the engine does."""
 
     def __post_init__(self) -> None:
         for queue, most in self.limits.items():
@@ -64,6 +75,8 @@ class Settings:
                 )
         if self.concurrency is not None and not _is_count(self.concurrency):
             raise ConfigurationError(f"concurrency={self.concurrency!r}: wanted 1 or more")
+        if self.listen_url is not None:
+            _check_url(self.listen_url)
         _check_duration("poll_interval", self.poll_interval, "more than zero", timedelta(0), False)
         _check_duration("lease", self.lease, "one second or more", timedelta(seconds=1))
         for name in ("shutdown_timeout", "keep", "keep_failed"):
@@ -87,6 +100,16 @@ class Settings:
             return self.concurrency
         own = [most for most in self.limits.values() if most is not None]
         return sum(own) if own and len(own) == len(self.limits) else default
+
+
+def _check_url(url: object) -> None:
+    try:
+        make_url(cast("str | URL", url)).get_dialect()
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        # The URL itself may hold a password.
+        raise ConfigurationError(
+            f"listen_url: {type(error).__name__}: wanted an SQLAlchemy URL"
+        ) from None
 
 
 def _is_count(value: object) -> bool:

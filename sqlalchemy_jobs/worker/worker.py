@@ -15,18 +15,19 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
-from sqlalchemy_jobs import transitions
+from sqlalchemy_jobs import bell, transitions
 from sqlalchemy_jobs.app import JobApp
 from sqlalchemy_jobs.errors import ConfigurationError
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.worker import connections, execution, guard, preflight
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.claiming import Claimer
-from sqlalchemy_jobs.worker.control import Control
+from sqlalchemy_jobs.worker.control import Control, direct
 from sqlalchemy_jobs.worker.execution import Transition
 from sqlalchemy_jobs.worker.executors import Supervisor, Threads, Work
 from sqlalchemy_jobs.worker.handling import Handling
 from sqlalchemy_jobs.worker.leases import Lease, own_name
+from sqlalchemy_jobs.worker.listening import Listener
 from sqlalchemy_jobs.worker.locks import SessionLock
 from sqlalchemy_jobs.worker.lookout import Lookout
 from sqlalchemy_jobs.worker.loops import (
@@ -41,6 +42,7 @@ from sqlalchemy_jobs.worker.settings import Options, Settings
 from sqlalchemy_jobs.worker.settling import Settler
 from sqlalchemy_jobs.worker.slots import Slots
 from sqlalchemy_jobs.worker.timeouts import GRACE, Timeouts
+from sqlalchemy_jobs.worker.wakeup import Wakeup
 
 if TYPE_CHECKING:
     from sqlalchemy_jobs.worker.event_loop import EventLoop
@@ -294,17 +296,30 @@ class _Parts:
 
             assert app.async_sessions is not None
             self._loop = EventLoop(supervisor, app.async_sessions, loop, self._start_waiting)
+        self._wakeup = Wakeup(settings.poll_interval.total_seconds(), lambda: self._leasing.wake())
         self._lock: SessionLock | None = None
+        self._listener: Listener | None = None
         if (locks := self._control.dialect.session_locks) is not None:
-            self._lock = SessionLock(Control(engine, self.availability), locks, settings.lease)
+            to_server = direct(engine, settings.listen_url)
+            self._lock = SessionLock(Control(to_server, self.availability), locks, settings.lease)
+            if (ear := self._control.dialect.ear) is not None and settings.listen:
+                self._listener = Listener(
+                    Control(to_server, self.availability),
+                    ear,
+                    locks,
+                    settings.limits,
+                    self._wakeup,
+                    lambda: self._claiming.wake(),
+                )
         self._lease = Lease(
             self._lease_control,
             settings.lease,
             list(settings.limits),
             self._handlers,
-            self._on_registered,
+            lambda: self._claiming.wake(),
             self._on_lost,
             self._lock,
+            self._wakeup,
         )
         self._maintenance = Maintenance(
             self._control,
@@ -320,6 +335,7 @@ class _Parts:
             self.slots,
             self._handlers,
             settings,
+            self._wakeup,
             self._start_waiting,
             self._give_back,
             lambda: self._inbox.put("drained"),
@@ -333,6 +349,7 @@ class _Parts:
         self._looking_out = Loop("lookout", self._lookout.step)
         self._timing = Loop("timeouts", self._timeouts.step)
         self.one_writer = self._control.dialect.one_writer
+        self._listening = Loop("listen", self._listener.step) if self._listener else None
         self._beginning = threading.Lock()
         self._begun = False
 
@@ -359,6 +376,9 @@ class _Parts:
                 self._looking_out,
             ):
                 loop.start()
+            bell.sleepers.add(self._claiming)
+            if self._listening is not None:
+                self._listening.start()
             if not self._control.dialect.one_writer:
                 self._watching.start()
             if any(handler.declaration.timeout for handler in self._handlers.values()):
@@ -378,6 +398,7 @@ class _Parts:
         if self._begun:
             log.info("stopping: %d runs in flight", len(self.slots.running()))
         self._give_back(self.slots.withdraw())
+        bell.sleepers.discard(self._claiming)
         stop_together(self._claiming, self._maintaining)
 
     def release_runs(self) -> None:
@@ -397,9 +418,11 @@ class _Parts:
         threading.Thread(target=self._supervisor.interrupt, args=(on_threads,), daemon=True).start()
 
     def close(self) -> None:
-        stop_together(
-            self._settling, self._looking_out, self._watching, self._leasing, self._timing
-        )
+        loops = [self._settling, self._looking_out, self._watching, self._leasing, self._timing]
+        if self._listener is not None and self._listening is not None:
+            self._listener.stop()
+            loops.append(self._listening)
+        stop_together(*loops)
         if self._begun:
             ending = threading.Thread(target=self._end_lease, daemon=True)
             ending.start()
@@ -411,6 +434,8 @@ class _Parts:
         self._lease_control.close()
         if self._lock is not None:
             self._lock.close()
+        if self._listener is not None:
+            self._listener.close()
 
     def _end_lease(self) -> None:
         with suppress(Exception):  # away: the lease will pass
@@ -498,9 +523,6 @@ class _Parts:
         self._claiming.wake()
         if self._ending.is_set():
             self._inbox.put("changed")
-
-    def _on_registered(self) -> None:
-        self._claiming.wake()
 
     def _on_lost(self, reason: str, *, dead: bool) -> None:
         log.error("%s: the runs in flight are %s", reason, "given up" if dead else "asked to stop")

@@ -62,6 +62,34 @@ def test_a_claim_goes_through_its_index(database: Database, look: Any, analysed:
         assert "run_at <=" in said.split("Index Cond:")[1].split("Filter:")[0], said
 
 
+def test_looking_for_lanes_and_for_what_falls_due_next_goes_through_the_index(
+    database: Database,
+) -> None:
+    sent: list[tuple[str, Any]] = []
+    with Session(database.engine()) as session:
+        _fill(session)
+        session.execute(text(f"ANALYZE {'TABLE' * (database.name == 'mysql')} sajobs_job"))
+        connection = session.connection()
+        event.listen(
+            connection,
+            "before_cursor_execute",
+            lambda _, cursor, sql, values, context, many: sent.append((sql, values)),
+        )
+        lanes = dialects.of(session).lanes(session, ())
+        assert list(lanes) == [("default", -1), ("default", 0)]
+        assert lanes["default", 0].first <= 0
+        assert lanes["default", 0].next is None
+        assert 3000 < (lanes["default", -1].next or 0) <= 3600
+        explain = "EXPLAIN QUERY PLAN" if database.name == "sqlite" else "EXPLAIN"
+        for sql, values in list(sent):
+            plan = connection.exec_driver_sql(f"{explain} {sql}", values).all()
+            said = "\n".join(str(row) for row in plan)
+            assert INDEX[database.name].partition(" (")[0].removeprefix("USING INDEX ") in said, (
+                said
+            )
+            assert "Seq Scan on sajobs_job" not in said, said
+
+
 def _fill(session: Session) -> None:
     """Due jobs, jobs for later at a better priority, and jobs that have ended.
 

@@ -498,6 +498,8 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"queues": {"mail": -1, "default": None}}, "queue mail=-1"),
     ({"concurrency": 0}, "concurrency=0: wanted 1 or more"),
     ({"concurrency": -3}, "concurrency=-3"),
+    ({"listen_url": "no url"}, "listen_url: ArgumentError: wanted an SQLAlchemy URL"),
+    ({"listen_url": "oracles://h/shop"}, "listen_url: NoSuchModuleError: wanted an SQLAlchemy URL"),
     ({"poll_interval": timedelta(0)}, "poll_interval=0:00:00: wanted more than zero"),
     ({"poll_interval": timedelta(seconds=-1)}, "poll_interval"),
     ({"lease": timedelta(milliseconds=999)}, "lease=0:00:00.999000: wanted one second or more"),

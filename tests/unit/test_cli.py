@@ -141,6 +141,8 @@ def test_help_of_the_worker_names_every_option_and_the_exit_statuses(sajobs: Com
         "--concurrency N",
         "--processes N",
         "--poll-interval S",
+        "--listen / --no-listen",
+        "--listen-url URL",
         "--lease S",
         "--shutdown-timeout S",
         "--keep DAYS",
@@ -430,6 +432,17 @@ OPTIONS = [
         ("--poll-interval", "2"),
         _seconds("poll_interval"),
         (0.25, 0.5, 2),
+    ),
+    Option(
+        "listen", "false", "1", ("--no-listen",), lambda w: w.settings.listen, (False, True, False)
+    ),
+    Option(
+        "listen-url",
+        '"postgresql://one/shop"',
+        "postgresql://two/shop",
+        ("--listen-url", "postgresql://three/shop"),
+        lambda worker: worker.settings.listen_url,
+        ("postgresql://one/shop", "postgresql://two/shop", "postgresql://three/shop"),
     ),
     Option("lease", "20", "21", ("--lease", "22"), _seconds("lease"), (20, 21, 22)),
     Option(
