@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -81,7 +82,7 @@ class Handler:
     declaration: Declaration
     transaction: Transaction
 
-    @property
+    @cached_property
     def is_async(self) -> bool:
         return _is_async(self.function)
 

@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from operator import itemgetter
 from typing import Any
 
+from msgspec.json import decode as decode_json
 from sqlalchemy import (
     ARRAY,
     BigInteger,
@@ -123,7 +124,7 @@ WHERE id = ANY (ARRAY(
       ORDER BY job.run_at, job.id LIMIT wanted.room FOR NO KEY UPDATE SKIP LOCKED) due
     WHERE lane.queue = wanted.queue LIMIT wanted.room) taken
   LIMIT :total))
-RETURNING id, attempt, kind, queue, payload, failures, max_attempts, headers, crashes, priority, run_at
+RETURNING id, attempt, kind, queue, CAST(payload AS text) AS payload, failures, max_attempts, headers, crashes, priority, run_at
 """
 _LEASE_LOST = "sajobs: another run owns the job"
 # One simple query of two statements: one round trip, and no COMMIT is sent for an error. The fence has to raise:
@@ -141,6 +142,7 @@ _RING = f"""
 SELECT pg_notify({CHANNEL_OF_TABLE}, queue)
 FROM unnest(CAST(:queues AS varchar[])) AS queue WHERE {HEARD}
 """
+_IDS = cast(bindparam("ids", type_=String), ARRAY(Uuid()))
 _ORDER = itemgetter(len(CLAIMED) - 2, len(CLAIMED) - 1, 0)
 
 # A job that gives up its slot changes a key. Its keys are locked as well, or the UPDATE would wait for whoever
@@ -220,7 +222,9 @@ def _claim(schema: str | None, free_slots: bool) -> TextualSelect:
             bindparam("ahead", type_=Boolean),
             bindparam("durable", type_=Boolean),
         )
-        .columns(*CLAIMED[:-1], column("run_at"))  # to be compared, not converted
+        .columns(
+            *CLAIMED[:4], column("payload"), *CLAIMED[5:-1], column("run_at")
+        )  # to be compared, not converted
     )
 
 
@@ -294,7 +298,11 @@ class PostgreSQL(Dialect):
         ).all()
         # RETURNING has no order.
         rows = sorted(rows, key=_ORDER)
-        return [claim_of(row, row[1], wanted.worker_id) for row in rows]
+        # The driver's own way to read JSON takes five times as long.
+        return [
+            claim_of(row, row[1], wanted.worker_id)._replace(payload=decode_json(row[4]))
+            for row in rows
+        ]
 
     def complete_many(
         self,
@@ -303,11 +311,23 @@ class PostgreSQL(Dialect):
         attempt: int,
         ids: Sequence[uuid.UUID],
     ) -> Iterable[uuid.UUID]:
-        return session.execute(
-            self._complete_many,
-            {"ids": list(ids), "in_attempt": attempt, "by_worker": worker_id},
-            bind_arguments=TO_JOB,
-        ).scalars()
+        # One text: a driver spends more on an array of UUIDs than on all the rest.
+        run = {"ids": f"{{{','.join([each.hex for each in ids])}}}", "in_attempt": attempt}
+        completed: Any = session.execute(
+            self._complete_many, run | {"by_worker": worker_id}, bind_arguments=TO_JOB
+        )
+        if completed.rowcount == len(ids):
+            return ids
+        return session.scalars(self._completed, run, bind_arguments=TO_JOB).all()
+
+    @cached_property
+    def _completed(self) -> Any:
+        """Which have succeeded: by this very run, or the attempt would be another one."""
+        return select(jobs.c.id).where(
+            jobs.c.id == func.any(_IDS),
+            jobs.c.attempt == bindparam("in_attempt"),
+            jobs.c.state == JobState.SUCCEEDED.value,
+        )
 
     @cached_property
     def _complete_many(self) -> Any:
@@ -315,11 +335,7 @@ class PostgreSQL(Dialect):
             jobs.c.attempt == bindparam("in_attempt"),
             jobs.c.worker_id == bindparam("by_worker"),
         )
-        free = (
-            select(jobs.c.id)
-            .where(jobs.c.id == func.any(bindparam("ids", type_=ARRAY(Uuid()))), *ours)
-            .order_by(jobs.c.id)
-        )
+        free = select(jobs.c.id).where(jobs.c.id == func.any(_IDS), *ours).order_by(jobs.c.id)
         # Giving up a slot changes a key of the row, so nobody may refer to it meanwhile: see lock_keys.
         without = free.where(HAS_NO_SLOT)
         with_slot = free.where(~HAS_NO_SLOT)
@@ -331,7 +347,6 @@ class PostgreSQL(Dialect):
             update(jobs)
             .where(jobs.c.id == func.any(locked), *ours)
             .values(**final(JobState.SUCCEEDED), **BEGUN)
-            .returning(jobs.c.id)
         )
 
     def completing_commit(self, connection: Connection, claim: Claim) -> str | None:
@@ -342,7 +357,7 @@ class PostgreSQL(Dialect):
         schema = schema_of(connection)
         table = jobs.name if schema is None else f'"{_doubled(schema)}".{jobs.name}'
         return _COMPLETE_AND_COMMIT.format(
-            jobs=table.replace("%", "%%"),  # to the driver one is a parameter
+            jobs=table,
             job_id=claim.job_id,
             attempt=claim.attempt,
             worker_id=claim.worker_id,

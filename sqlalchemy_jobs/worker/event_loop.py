@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -21,7 +21,7 @@ from sqlalchemy_jobs.errors import RunInterrupted
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.tables import TO_JOB
 from sqlalchemy_jobs.worker.control import Control
-from sqlalchemy_jobs.worker.executors import Supervisor
+from sqlalchemy_jobs.worker.executors import Supervisor, is_pristine
 from sqlalchemy_jobs.worker.handling import Handling
 from sqlalchemy_jobs.worker.loops import LoopThread
 
@@ -40,8 +40,7 @@ class Async:
         return session.sync_session, session
 
     def close(self, session: Session, argument: Any) -> None:
-        if not session.in_transaction() and not session.identity_map:
-            session.close()  # it holds no connection
+        if type(argument).close is AsyncSession.close and is_pristine(session):
             return
         # A task that was cancelled may be cancelled again: the connection must go back all the same.
         closing = asyncio.ensure_future(argument.close())

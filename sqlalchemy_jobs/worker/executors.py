@@ -54,6 +54,13 @@ class Colour(Protocol):
     def block(self, function: Callable[[], T]) -> T: ...
 
 
+def is_pristine(session: Session) -> bool:
+    """Tell whether nothing was done with a session: to close it would cost as much as all the rest of a run."""
+    return type(session).close is Session.close and not (
+        session.in_transaction() or session.identity_map
+    )
+
+
 class Sync:
     """On a thread."""
 
@@ -72,7 +79,7 @@ class Sync:
     def close(self, session: Session, argument: Any) -> None:
         if self._scoped is not None:
             self._scoped.remove()  # closes it, too
-        else:
+        elif not is_pristine(session):
             session.close()
 
     def make(self) -> Session:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from typing import Any
 
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session, SessionTransaction
@@ -132,13 +133,25 @@ def _on_commit(connection: Connection) -> None:
     transaction, statement = connection.info.pop(_COMMIT, (None, ""))
     if transaction is not None and transaction is connection.get_transaction():
         try:
-            connection.exec_driver_sql(statement).close()
+            _execute(connection, statement)
         except BaseException:
             # SQLAlchemy takes a commit that raises for the end of the transaction.
             if not connection.invalidated:
                 with suppress(Exception):
                     connection.connection.rollback()
             raise
+
+
+def _execute(connection: Connection, statement: str) -> None:
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.is_async or driver is None:
+        connection.exec_driver_sql(statement.replace("%", "%%")).close()
+        return
+    try:
+        driver.execute(statement)  # SQLAlchemy's own way takes twice as long
+    except Exception as error:
+        # As for any statement: wrapped, and a connection that broke leaves the pool.
+        connection._handle_dbapi_exception(error, statement, None, None, None)
 
 
 def _before_commit(session: Session) -> None:

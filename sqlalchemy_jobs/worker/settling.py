@@ -24,6 +24,8 @@ from sqlalchemy_jobs.worker.execution import Transition
 log = logging.getLogger("sqlalchemy_jobs")
 
 LARGEST_BATCH = 500
+GATHER = 0.02
+"""Seconds for which ends are gathered while quick jobs wait for a slot: a batch costs as much as dozens of jobs."""
 PATIENT_TRIES = 3
 PATIENCE = 5.0
 """Seconds, and how many tries at least, after which a run whose end is not accepted is at fault itself."""
@@ -52,8 +54,14 @@ class Settler:
     lost reply changes nothing.
     """
 
-    def __init__(self, control: Control, settled: Callable[[Sequence[Run]], None]) -> None:
+    def __init__(
+        self,
+        control: Control,
+        settled: Callable[[Sequence[Run]], None],
+        expects_more: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._control = control
+        self._expects_more = expects_more
         self._settled = settled
         self._incoming: queue.SimpleQueue[tuple[Run, Transition]] = queue.SimpleQueue()
         self._open: list[tuple[Run, Transition]] = []
@@ -63,6 +71,8 @@ class Settler:
         self._incoming.put((run, transition))
 
     def step(self) -> float | None:
+        if self._expects_more():
+            time.sleep(GATHER)
         while len(self._open) < LARGEST_BATCH and not self._incoming.empty():
             self._open.append(self._incoming.get())
         statements, transaction = self._control.statements, self._control.transaction

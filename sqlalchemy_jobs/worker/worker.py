@@ -283,7 +283,9 @@ class _Parts:
             self._handlers.values(), *engines, self._total, self._control.dialect
         )
         self.slots = Slots(self._total, settings.limits, self._on_change)
-        self._settler = Settler(self._control, self.slots.disown)
+        self._settler = Settler(
+            self._control, self.slots.disown, lambda: self.slots.waiting > self._total
+        )
         self._timeouts = Timeouts(lambda: self._timing.wake(), self._on_hung)
         supervisor = Supervisor(app, self._control, self._timeouts, self._on_end)
         self._supervisor = supervisor
