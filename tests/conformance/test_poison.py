@@ -236,7 +236,9 @@ def test_a_worker_that_has_anything_to_do_does_not_claim_what_must_run_alone(
     worker = bench.do(lambda session: register(session, LEASE))
 
     def claim(suspects: bool, total: int) -> int:
-        wanted = Wanted(worker, ["suspect"], [("default", 0)], {"default": 5}, total, suspects)
+        wanted = Wanted(
+            worker, ["suspect"], [("default", 0)], {"default": 5}, total, suspects=suspects
+        )
         return len(bench.do(lambda session: transitions.claim(session, wanted)))
 
     crash(app, 1, Suspect(3))
