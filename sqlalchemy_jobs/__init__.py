@@ -18,7 +18,7 @@ from sqlalchemy_jobs.manage import cancel, requeue
 from sqlalchemy_jobs.models import Attempt, Job, WorkerRow, metadata
 from sqlalchemy_jobs.outcomes import Cancel, Fail, Retry, Snooze
 from sqlalchemy_jobs.payloads import job
-from sqlalchemy_jobs.runs import Run, current_run
+from sqlalchemy_jobs.runs import Run, current_run, current_runs
 from sqlalchemy_jobs.states import JobState, Outcome, WorkerState
 from sqlalchemy_jobs.tables import use_schema
 from sqlalchemy_jobs.unique import Unique
@@ -46,6 +46,7 @@ __all__ = [
     "backoff",
     "cancel",
     "current_run",
+    "current_runs",
     "enqueue",
     "enqueue_many",
     "errors",

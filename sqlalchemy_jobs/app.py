@@ -33,6 +33,7 @@ from sqlalchemy_jobs.payloads import (
     PayloadT,
     Struct,
     declaration_of,
+    is_whole,
 )
 from sqlalchemy_jobs.runs import Run
 
@@ -46,7 +47,11 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 Result: TypeAlias = "Json | Dataclass | Attrs | Struct | Snooze | Cancel"
 """What a handler may return. Bound, not open: else an async function would pass for a sync one."""
 
+Entry: TypeAlias = "Result | Exception"
+"""What a batch handler's list may hold: an exception says that this job failed."""
+
 ResultT = TypeVar("ResultT", bound=Result)
+EntriesT = TypeVar("EntriesT", bound="Sequence[Entry] | None")
 SyncT = TypeVar("SyncT", bound=Session)
 AsyncT = TypeVar("AsyncT", bound="AsyncSession")
 _S = TypeVar("_S")
@@ -57,6 +62,7 @@ SyncSessions: TypeAlias = sessionmaker[Any] | scoped_session[Any]
 AsyncSessions: TypeAlias = "async_sessionmaker[Any]"
 Transaction: TypeAlias = Literal["wrapped", "manual"]
 Middleware: TypeAlias = Callable[[Run], AbstractContextManager[object]]
+LARGEST_BATCH = 1000
 
 
 class NoSessions:
@@ -73,6 +79,17 @@ class _Decorator(Protocol[_S, _A, _P]):
     ) -> Callable[[_A, _P], Coroutine[Any, Any, ResultT]]: ...
 
 
+class _BatchDecorator(Protocol[_S, _A, _P]):
+    @overload
+    def __call__(
+        self, handler: Callable[[_S, list[_P]], EntriesT], /
+    ) -> Callable[[_S, list[_P]], EntriesT]: ...
+    @overload
+    def __call__(
+        self, handler: Callable[[_A, list[_P]], Coroutine[Any, Any, EntriesT]], /
+    ) -> Callable[[_A, list[_P]], Coroutine[Any, Any, EntriesT]]: ...
+
+
 @dataclass(frozen=True)
 class Handler:
     """A function and the payload class whose jobs it handles."""
@@ -81,6 +98,8 @@ class Handler:
     payload: type[Any]
     declaration: Declaration
     transaction: Transaction
+    batch: int | None = None
+    """How many payloads it takes at once, at most; None: it is called with one, and not with a list."""
 
     @cached_property
     def is_async(self) -> bool:
@@ -106,9 +125,22 @@ class Handlers(Generic[_S, _A]):
         """The handlers by kind, aliases included."""
         return MappingProxyType(self._handlers)
 
+    @overload
     def handler(
         self, payload: type[PayloadT], /, *, transaction: Transaction = "wrapped"
-    ) -> _Decorator[_S, _A, PayloadT]:
+    ) -> _Decorator[_S, _A, PayloadT]: ...
+    @overload
+    def handler(
+        self, payload: type[PayloadT], /, *, batch: int
+    ) -> _BatchDecorator[_S, _A, PayloadT]: ...
+    def handler(
+        self,
+        payload: type[PayloadT],
+        /,
+        *,
+        transaction: Transaction = "wrapped",
+        batch: int | None = None,
+    ) -> Any:
         """Register the function below as the handler of a payload class; return it unchanged.
 
         The handler is called as ``handler(session, payload)``, with a session of its own. Return
@@ -122,15 +154,23 @@ class Handlers(Generic[_S, _A]):
         often as it likes; each commit is refused once the job belongs to another run. What it
         committed before a crash stays, and the job runs again: at least once.
 
+        ``batch=100``: called as ``handler(session, payloads)`` with a list of 1 to 100 payloads, whatever is due, and
+        ends their jobs in its one transaction. Returned: None, or a list with an entry for each payload, in their
+        order: what a handler returns for one, or an exception, by which that job fails and what was written stays.
+        Raised: everything is rolled back, and each job counts a failure. A job that failed before is alone in
+        its list.
+
         Raises: DeclarationError, DuplicateHandler, DuplicateKind.
         """
         declaration = declaration_of(payload)
         if transaction not in ("wrapped", "manual"):
             raise DeclarationError(f'transaction={transaction!r}: wanted "wrapped" or "manual"')
+        if batch is not None:
+            _check_batch(batch, transaction, declaration)
 
         def register(function: Any) -> Any:
-            _check_signature(function, payload)
-            handler = Handler(function, payload, declaration, transaction)
+            _check_signature(function, payload, batch)
+            handler = Handler(function, payload, declaration, transaction, batch)
             for kind in (declaration.kind, *declaration.aliases):
                 self._add(kind, handler)
             return function
@@ -216,8 +256,8 @@ class JobApp(Handlers[_S, _A]):
     def middleware(self, function: Middleware, /) -> Middleware:
         """Register a context manager to be entered around each handler's call, sync or async.
 
-        It is called with the Run, and sees what the handler raises. The transaction is open around it:
-        it ends after the last middleware. The first registered is the outermost.
+        It is called with the Run (of a batch: with its first one), and sees what the handler raises. The transaction
+        is open around it: it ends after the last middleware. The first registered is the outermost.
         """
         self.middlewares.append(function)
         return function
@@ -241,17 +281,35 @@ def _is_async_sessionmaker(factory: object) -> TypeGuard[AsyncSessions]:
     return asyncio is not None and isinstance(factory, asyncio.async_sessionmaker)
 
 
-def _check_signature(function: Any, payload: type) -> None:
+def _check_batch(batch: object, transaction: Transaction, declaration: Declaration) -> None:
+    if not is_whole(batch, range(1, LARGEST_BATCH + 1)):
+        raise DeclarationError(f"batch={batch!r}: wanted a whole number from 1 to {LARGEST_BATCH}")
+    if transaction == "manual":
+        raise DeclarationError(
+            'batch and transaction="manual": a batch is ended in one transaction, and what one commit of the handler '
+            "had written could not be told apart by job; leave one of them away"
+        )
+    if declaration.on_crash == "fail":
+        raise DeclarationError(
+            f'batch and "{declaration.kind}" with on_crash="fail": one crash would fail every job of the batch for '
+            "good; leave one of them away"
+        )
+
+
+def _check_signature(function: Any, payload: type, batch: int | None) -> None:
     if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
         raise DeclarationError(
             f"{_name(function)} is a generator: a handler returns, it does not yield"
         )
+    second = (
+        f"payload: {payload.__name__}" if batch is None else f"payloads: list[{payload.__name__}]"
+    )
     try:
         inspect.signature(function).bind(object(), object())
     except TypeError as error:
         raise DeclarationError(
-            f"{_name(function)} cannot be called as handler(session, payload): {error}. Write "
-            f"def {getattr(function, '__name__', 'handler')}(session: Session, payload: {payload.__name__})"
+            f"{_name(function)} cannot be called as handler(session, {second.partition(':')[0]}): {error}. Write "
+            f"def {getattr(function, '__name__', 'handler')}(session: Session, {second})"
         ) from None
 
 

@@ -18,7 +18,7 @@
     │   └── UnsupportedServer       the database server is too old
     └── RunError                    something about one run
         ├── InvalidPayload          the stored payload no longer decodes
-        ├── ResultError             the handler returned something that cannot be stored
+        ├── ResultError             the handler returned something that cannot be stored, or not one entry each
         ├── HandlerEndedTransaction the handler ended the transaction that was to carry its work
         ├── HandlerChangedItsJob    the handler changed the row of the job it was running
         ├── LeaseLost               the job belongs to another run by now: this one wrote nothing
@@ -129,7 +129,7 @@ class InvalidPayload(RunError):
 
 
 class ResultError(RunError):
-    """The handler returned something that cannot be stored as JSON."""
+    """The handler returned something that cannot be stored as JSON, or a batch handler not one entry per payload."""
 
 
 class HandlerEndedTransaction(RunError):
@@ -153,7 +153,8 @@ class NoCurrentRun(RunError, LookupError):
     """There is no run here.
 
     ``current_run()`` works inside a handler and in what it calls or awaits, also through
-    ``asyncio.to_thread``; a thread that the handler starts itself does not inherit it.
+    ``asyncio.to_thread``; a thread that the handler starts itself does not inherit it. In a batch handler it is
+    ``current_runs()``.
     """
 
 

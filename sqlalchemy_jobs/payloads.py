@@ -209,12 +209,12 @@ def check_options(
     """Refuse a queue, priority or max_attempts that the columns could not hold."""
     if queue is not None:
         _check_name(queue, "queue", QUEUE_LENGTH, error)
-    if priority is not None and not _is_whole(priority, PRIORITIES):
+    if priority is not None and not is_whole(priority, PRIORITIES):
         raise error(
             f"priority={priority!r}: wanted a whole number from {PRIORITIES.start} to "
             f"{PRIORITIES.stop - 1} (lower runs first)"
         )
-    if max_attempts is not None and not _is_whole(max_attempts, range(1, 32768)):
+    if max_attempts is not None and not is_whole(max_attempts, range(1, 32768)):
         raise error(
             f"max_attempts={max_attempts!r}: wanted a whole number from 1 (no retry) to 32767"
         )
@@ -229,7 +229,8 @@ def _check_durations(**options: timedelta | None) -> None:
             raise DeclarationError(str(error)) from None
 
 
-def _is_whole(value: object, within: range) -> bool:
+def is_whole(value: object, within: range) -> bool:
+    """Tell whether it is a number (True is none) of a range."""
     return isinstance(value, int) and not isinstance(value, bool) and value in within
 
 

@@ -1,9 +1,9 @@
-"""The run that is going on: ``current_run()``."""
+"""The run that is going on: ``current_run()``; in a batch handler those, ``current_runs()``."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar, Token
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -24,6 +24,11 @@ class Run:
         self._stop = False
         self._deadline: datetime | None = None
         self._timed_out = False
+
+    @property
+    def claims(self) -> Sequence[Claim]:
+        """The jobs that its handler is called for. For the worker."""
+        return (self.claim,)
 
     @property
     def job_id(self) -> uuid.UUID:
@@ -100,11 +105,72 @@ class Run:
         return f"<Run {self.attempt} of {self.kind} {self.job_id}>"
 
 
+class Batch(Run):
+    """The runs that one call of a batch handler stands for. For the worker: no handler is given one.
+
+    It has a slot, a thread and a deadline as a run has, under the name of its first run.
+    """
+
+    __slots__ = ("apart", "members")
+
+    def __init__(self, members: Sequence[Run]) -> None:
+        super().__init__(members[0].claim)
+        self.members = tuple(members)
+        self.apart: set[Run] = set()
+        """Those that the handler is not called for (any more): each ends for itself."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that the handler is called for, in the order of its payloads."""
+        return [run for run in self.members if run not in self.apart]
+
+    @property
+    def claims(self) -> Sequence[Claim]:
+        return [run.claim for run in self.runs]
+
+    def ask_to_stop(self) -> None:
+        super().ask_to_stop()
+        for run in self.members:
+            run.ask_to_stop()
+
+    def begin(self, timeout: timedelta | None) -> None:
+        super().begin(timeout)
+        for run in self.members:
+            run._deadline = self._deadline
+
+    def time_out(self) -> None:
+        super().time_out()
+        for run in self.members:
+            run.time_out()
+
+    def __repr__(self) -> str:
+        return f"<Batch of {len(self.members)} of {self.kind}>"
+
+
 def current_run() -> Run:
     """Return the run that called this, directly or through helpers and awaits.
 
+    Raises: NoCurrentRun outside a run, in a thread that the handler started itself, and in a batch handler.
+    """
+    run = _the_current()
+    if isinstance(run, Batch):
+        raise NoCurrentRun(
+            f'the handler of "{run.kind}" has a run for each payload of its batch: current_runs() returns them, '
+            "in the order of the payloads"
+        )
+    return run
+
+
+def current_runs() -> list[Run]:
+    """Return the runs that called this: one for each payload of a batch handler, in their order; else one.
+
     Raises: NoCurrentRun outside a run, and in a thread that the handler started itself.
     """
+    run = _the_current()
+    return run.runs if isinstance(run, Batch) else [run]
+
+
+def _the_current() -> Run:
     run = _current.get(None)
     if run is None:
         raise NoCurrentRun(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Table, Update, and_, case, func, literal_column
+from sqlalchemy import Connection, Select, Table, Update, and_, case, func, literal_column
 
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.errors import ConfigurationError
@@ -15,7 +15,7 @@ jobs: Table = Job.__table__  # type: ignore[assignment]
 attempts: Table = Attempt.__table__  # type: ignore[assignment]
 workers: Table = WorkerRow.__table__  # type: ignore[assignment]
 
-UpdateT = TypeVar("UpdateT", bound=Update)
+StatementT = TypeVar("StatementT", Update, Select[Any])
 
 TO_JOB = {"mapper": Job}
 """Routes a statement on a table to the database of the jobs, in a session with several."""
@@ -28,14 +28,16 @@ IS_READY = and_(jobs.c.state == literal_column("'ready'"), jobs.c.limit_key.is_(
 HAS_NO_SLOT = func.coalesce(jobs.c.unique_slot, literal_column("''")) == literal_column("''")
 
 
-def by_id(statement: UpdateT) -> UpdateT:
+def by_id(statement: StatementT) -> StatementT:
     """Have MySQL go by the primary key, and by nothing else that the condition names.
 
     By the index of worker_id it would lock the gap in which new jobs are inserted: then nobody could enqueue
     while this statement waits for its row, or until a handler at REPEATABLE READ commits.
     """
     for name in ("mysql", "mariadb"):
-        statement = statement.with_hint("FORCE INDEX (PRIMARY)", dialect_name=name)
+        statement = statement.with_hint(
+            selectable=jobs, text="FORCE INDEX (PRIMARY)", dialect_name=name
+        )
     return statement
 
 

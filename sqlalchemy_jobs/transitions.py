@@ -143,6 +143,28 @@ def discard(session: Session, claim: Claim) -> bool:
     return True
 
 
+def complete_all(session: Session, claims: Sequence[Claim]) -> bool:
+    """running -> succeeded for the runs of a batch, without results. Called in the handler's transaction.
+
+    False when one of them does not own its job: then the transaction must not commit.
+    """
+    for which in _fences_of(claims):
+        moved = session.execute(_SUCCEED_ALL, which, bind_arguments=TO_JOB)
+        if cast("CursorResult[Any]", moved).rowcount != len(which["ids"]):
+            return False
+    return True
+
+
+def discard_all(session: Session, claims: Sequence[Claim]) -> bool:
+    """running -> deleted, as ``complete_all``."""
+    for which in _fences_of(claims):
+        locked = session.scalars(_LOCK_ALL, which, bind_arguments=TO_JOB).all()
+        if len(locked) != len(which["ids"]):
+            return False
+        delete_locked(session, locked)
+    return True
+
+
 def snooze(session: Session, claim: Claim, *, delay: timedelta) -> bool:
     """running -> ready after ``delay``; no failure. Called in the handler's transaction."""
     return _to_ready(session, claim, delay) and record(session, claim, Outcome.SNOOZED)
@@ -155,13 +177,13 @@ def cancel(session: Session, claim: Claim, *, reason: str) -> bool:
 
 
 def retry(session: Session, claim: Claim, *, failure: Failure, delay: timedelta) -> bool:
-    """running -> ready after ``delay``, one failure more. Called in a fresh transaction."""
+    """running -> ready after ``delay``, one failure more. Called in a fresh transaction, or in that of a batch."""
     moved = _to_ready(session, claim, delay, failed=1)
     return moved and record(session, claim, failure.outcome, failure)
 
 
 def fail(session: Session, claim: Claim, *, failure: Failure) -> bool:
-    """running -> failed, one failure more. Called in a fresh transaction."""
+    """running -> failed, one failure more. Called in a fresh transaction, or in that of a batch."""
     moved = _move(session, claim, _FAIL, failed=1, crashed=0)
     return moved and record(session, claim, failure.outcome, failure)
 
@@ -174,10 +196,12 @@ def release(session: Session, claim: Claim, *, reason: str) -> bool:
     return moved and record(session, claim, Outcome.RELEASED, Failure(reason))
 
 
-def owns(session: Session, claim: Claim) -> bool:
-    """Tell whether the run owns its job, as far as is committed; whoever is changing the row is not waited for."""
-    found = session.execute(_OWNED, _identity(claim), bind_arguments=TO_JOB)
-    return found.first() is not None
+def owned_of(session: Session, claims: Sequence[Claim]) -> set[uuid.UUID]:
+    """Return the jobs that are their runs' own, as far as is committed; whoever is changing a row is not waited for."""
+    owned: set[uuid.UUID] = set()
+    for which in _fences_of(claims):
+        owned.update(session.scalars(_OWNED_OF, which, bind_arguments=TO_JOB))
+    return owned
 
 
 def lost_of(session: Session, claims: Sequence[Claim]) -> list[Claim]:
@@ -399,6 +423,14 @@ _GIVE_BACK = (
 )
 _DELETE = delete(jobs).where(_FENCE)
 _OWNED = select(jobs.c.id).where(_FENCE)
+_FENCE_OF_ALL = and_(
+    jobs.c.id.in_(bindparam("ids", expanding=True)),
+    jobs.c.attempt == bindparam("in_attempt"),
+    jobs.c.worker_id == bindparam("by_worker"),
+)
+_SUCCEED_ALL = by_id(update(jobs)).where(_FENCE_OF_ALL).values(**final(JobState.SUCCEEDED), **BEGUN)
+_OWNED_OF = by_id(select(jobs.c.id).where(_FENCE_OF_ALL).order_by(jobs.c.id))
+_LOCK_ALL = _OWNED_OF.with_for_update()
 _RECORD = insert(attempts).values(
     started_at=select(jobs.c.started_at).where(jobs.c.id == bindparam("of_job")).scalar_subquery(),
     finished_at=server_now(),
@@ -407,6 +439,14 @@ _RECORD = insert(attempts).values(
 
 def _identity(claim: Claim) -> dict[str, Any]:
     return {"job_id": claim.job_id, "in_attempt": claim.attempt, "by_worker": claim.worker_id}
+
+
+def _fences_of(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """Return the parameters that name these runs, for one statement for each attempt: nearly always one."""
+    return [
+        {"ids": sorted(ids), "in_attempt": attempt, "by_worker": worker_id}
+        for (worker_id, attempt), ids in _by_run(claims).items()
+    ]
 
 
 def _move(session: Session, claim: Claim, statement: Any, **values: Any) -> bool:

@@ -7,8 +7,10 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from sqlalchemy.orm import Session
 
@@ -22,7 +24,7 @@ from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.leases import Lease
 from sqlalchemy_jobs.worker.loops import SHORTEST_PAUSE
 from sqlalchemy_jobs.worker.settings import Settings
-from sqlalchemy_jobs.worker.slots import Slots
+from sqlalchemy_jobs.worker.slots import Slots, may_share
 from sqlalchemy_jobs.worker.wakeup import Wakeup
 
 log = logging.getLogger("sqlalchemy_jobs")
@@ -45,6 +47,10 @@ AHEAD = 0.25
 MOST_AHEAD = 1000
 ROUNDS = 4
 """How often every slot has to be used, on the average, before the speed is believed."""
+FILL_WORTH = 0.01
+"""Seconds that a job is worth which gets into a batch with others instead of a slot of its own."""
+FILL_REST = 20
+"""How many times as long as it took a claim to fill a batch it is not made again, if it was not worth it."""
 LONGEST_AHEAD = 1.0
 """Seconds after which a job that waits in the worker is given back: others may be idle. And between two claims for
 free slots, which alone take jobs that must not wait here: no handler is that slow in between."""
@@ -132,6 +138,8 @@ class Claimer:
         self._has_claimed = False
         self._losses_seen = 0
         self._clearing = Clearing()
+        self._batched = {kind: each for kind, each in handlers.items() if each.batch}
+        self._fill_from: dict[str, float] = {}
 
     def step(self) -> float:
         worker_id = self._lease.worker_id
@@ -165,8 +173,14 @@ class Claimer:
         self._looked_at = time.monotonic()
         self._wakeup.claimed(full=is_full)
         self._has_claimed |= bool(claims)
-        self._slots.take([Run(claim) for claim in claims])
-        self._start()
+        taken = list(claims)
+        try:
+            if self._batched:
+                for found in self._fill(worker_id, claims):
+                    taken += found
+        finally:
+            self._slots.take([Run(claim) for claim in taken])
+            self._start()
         self._mark(claims if is_full else [], began_at)
         if not is_full:
             self._ahead_until = 0.0
@@ -234,6 +248,39 @@ class Claimer:
             alone = replace(wanted, lanes=suspects or lanes, total=1, suspects=True, ahead=False)
             claims = transitions.claim(session, replace(alone, marks={}))
         return claims, asked
+
+    def _fill(self, worker_id: uuid.UUID, claims: list[Claim]) -> Iterator[list[Claim]]:
+        """Claim and yield what makes a full batch of each of these jobs; take what is there, and wait for no more.
+
+        Ahead: who can get into no batch waits for a slot. Where there are few, the claim may have looked through
+        a long backlog of other kinds.
+        """
+        room: dict[str, Counter[str]] = {}
+        for claim in claims:
+            handler = self._batched.get(claim.kind)
+            if handler and may_share(claim):
+                by_queue = room.setdefault(handler.declaration.kind, Counter())
+                by_queue[claim.queue] += (handler.batch or 1) - 1
+        for kind, by_queue in room.items():
+            began = time.monotonic()
+            asked = min(sum(by_queue.values()), MOST_AHEAD)
+            if asked and began >= self._fill_from.get(kind, 0.0):
+                wanted = Wanted(
+                    worker_id,
+                    [kind, *self._batched[kind].declaration.aliases],
+                    self._lanes,
+                    by_queue,
+                    asked,
+                    free_slots=self._free_slots,
+                    marks=self._marks,
+                    durable=self._control.durable,
+                    ahead=True,
+                )
+                found = self._control.statements(partial(transitions.claim, wanted=wanted))
+                now = time.monotonic()
+                if now - began > FILL_WORTH * (1 + len(found)):
+                    self._fill_from[kind] = now + FILL_REST * (now - began)
+                yield found
 
     def _find_lanes(self, session: Session) -> Collection[Lane]:
         """Return where ready jobs are; looked up again now and then, and after a claim that came empty."""

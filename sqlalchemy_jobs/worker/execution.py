@@ -35,7 +35,7 @@ from sqlalchemy_jobs.errors import (
 from sqlalchemy_jobs.models import Job
 from sqlalchemy_jobs.outcomes import Cancel, Fail, Retry, Snooze, checked_delay
 from sqlalchemy_jobs.payloads import Declaration
-from sqlalchemy_jobs.runs import Run
+from sqlalchemy_jobs.runs import Batch, Run
 from sqlalchemy_jobs.states import Outcome
 from sqlalchemy_jobs.transitions import Failure
 from sqlalchemy_jobs.worker import guard
@@ -61,9 +61,9 @@ class CommitFailed(Exception):
 
 
 def perform(
-    session: Session, handling: Handling, handler: Handler, call: Callable[[Any], Any]
+    session: Session, handling: Handling, handler: Handler, work: Callable[[], Transition]
 ) -> Transition | None:
-    """Run a handler in its session; None when it is settled, else the transition to be made.
+    """Do a handler's work in its session; None when it is settled, else the transition to be made.
 
     Raises what the handler raises; RunInterrupted; LeaseLost when the job belongs to another run by now;
     CommitFailed.
@@ -72,10 +72,9 @@ def perform(
     with guard.Watch(session, handling, manual=handler.transaction == "manual") as watch:
         try:
             with handling:
-                payload = decode(handler.payload, run.claim.payload, handler.declaration.upgrade)
                 if not session.autobegin:
                     session.begin()
-                transition = classify(call(payload), handler.declaration)
+                transition = work()
                 watch.check()
                 if not session.in_transaction():
                     return transition
@@ -104,6 +103,15 @@ def perform(
     return None
 
 
+def work(run: Run, handler: Handler, call: Callable[[Any], Any]) -> Transition:
+    """Decode the payload, call the handler and return the transition that it asks for.
+
+    Raises: what the handler raises, InvalidPayload, ResultError.
+    """
+    payload = decode(handler.payload, run.claim.payload, handler.declaration.upgrade)
+    return classify(call(payload), handler.declaration)
+
+
 def through(
     middlewares: list[Middleware], run: Run, call: Callable[[Any], Any]
 ) -> Callable[[Any], Any]:
@@ -112,7 +120,7 @@ def through(
     def inside(payload: Any) -> Any:
         with ExitStack() as stack:
             for middleware in middlewares:
-                stack.enter_context(middleware(run))
+                stack.enter_context(middleware(run.runs[0] if isinstance(run, Batch) else run))
             return call(payload)
         raise LookupError(f"a middleware swallowed what the handler of {run.kind} raised")
 

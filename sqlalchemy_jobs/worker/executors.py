@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -22,10 +23,10 @@ from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy_jobs import transitions
 from sqlalchemy_jobs.app import Handler, JobApp, SyncSessions
 from sqlalchemy_jobs.errors import LeaseLost
-from sqlalchemy_jobs.runs import Run
+from sqlalchemy_jobs.runs import Batch, Run
 from sqlalchemy_jobs.tables import TO_JOB
 from sqlalchemy_jobs.transitions import Failure
-from sqlalchemy_jobs.worker import execution
+from sqlalchemy_jobs.worker import batches, execution
 from sqlalchemy_jobs.worker.availability import brief
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.execution import CommitFailed, Transition
@@ -102,12 +103,18 @@ class Supervisor:
     """Takes a run through its handler, whatever happens, and hands it on to be settled."""
 
     def __init__(
-        self, app: JobApp[Any, Any], control: Control, timeouts: Timeouts, finish: Finish
+        self,
+        app: JobApp[Any, Any],
+        control: Control,
+        timeouts: Timeouts,
+        finish: Finish,
+        end_apart: Callable[[Batch, Run, Transition | None], None],
     ) -> None:
         self._app = app
         self._control = control
         self._timeouts = timeouts
         self._finish = finish
+        self._end_apart = end_apart
         self._handlings: dict[Run, Handling] = {}
         self._asking = threading.Lock()
 
@@ -153,12 +160,18 @@ class Supervisor:
         except BaseException as error:
             return self._classified(error, handling, handler)
 
-    @staticmethod
-    def _classified(error: BaseException, handling: Handling, handler: Handler) -> Transition:
-        """Never raises: a run that is handed on by nobody would stay running for ever."""
-        run = handling.run
+    def _classified(self, error: BaseException, handling: Handling, handler: Handler) -> Transition:
         if handling.interrupted:
             execution.forget(error)
+        return batches.of_each(
+            handling.run, lambda run: self._classified_run(error, run, handling, handler)
+        )
+
+    @staticmethod
+    def _classified_run(
+        error: BaseException, run: Run, handling: Handling, handler: Handler
+    ) -> Transition:
+        """Never raises: a run that is handed on by nobody would stay running for ever."""
         try:
             if handling.interrupted and not run.timed_out:
                 return execution.released("the worker stopped")
@@ -171,19 +184,30 @@ class Supervisor:
 
     def _run(self, handling: Handling, handler: Handler, colour: Colour) -> Transition | None:
         run = handling.run
-        for rerun in range(execution.RERUNS + 1):
+        rerun = 0
+        while True:
             try:
+                payloads = None
+                if isinstance(run, Batch):
+                    payloads = batches.payloads_of(run, handler, self._end_apart)
+                    if not payloads:
+                        return None
                 session, argument = colour.open()
                 try:
                     call = colour.caller(handler, argument)
                     call = execution.through(self._app.middlewares, run, call)
-                    return execution.perform(session, handling, handler, call)
+                    work: Callable[[], Transition] = partial(execution.work, run, handler, call)
+                    if payloads is not None:
+                        work = partial(batches.work, payloads, handler, call)
+                    return execution.perform(session, handling, handler, work)
                 finally:
                     colour.close(session, argument)
             except LeaseLost:
-                changed = execution.lost_or_changed(
-                    run, still_owned=bool(self._still_owned(run, colour))
-                )
+                had = len(run.claims)
+                still_owned = self._still_owned(run, colour)
+                if still_owned and len(run.claims) < had:
+                    continue  # a batch, without those that it lost: no failure of the others
+                changed = execution.lost_or_changed(run, still_owned=bool(still_owned))
                 if changed is None:
                     log.warning(
                         "%s %s belongs to another run: nothing was written", run.kind, run.job_id
@@ -209,7 +233,7 @@ class Supervisor:
                     raise cause  # noqa: B904
                 if not still_owned:
                     return None
-        raise AssertionError("unreachable")
+                rerun += 1
 
     def _may_rerun(self, error: BaseException, rerun: int) -> bool:
         """Tell whether a wrapped handler may run again at once; all that it wrote is rolled back.
@@ -222,21 +246,30 @@ class Supervisor:
         return rerun < execution.RERUNS and self._control.dialect.is_conflict(error)
 
     def _still_owned(self, run: Run, colour: Colour) -> bool | None:
-        """Ask the row; None when it cannot be asked now."""
+        """Ask the row; None when it cannot be asked now. A batch parts with those of its runs that lost theirs."""
 
-        def ask() -> bool:
+        def ask() -> set[uuid.UUID]:
             with (
                 self._asking
             ):  # after a restart of the server all may ask: one connection is enough
                 return self._control.transaction(
-                    lambda session: transitions.owns(session, run.claim)
+                    lambda session: transitions.owned_of(session, run.claims)
                 )
 
         try:
-            return colour.block(ask)
+            owned = colour.block(ask)
         except Exception as error:
             log.debug("%s %s: who owns it could not be asked: %s", run.kind, run.job_id, error)
             return None
+        if isinstance(run, Batch):
+            for lost in [each for each in run.runs if each.job_id not in owned]:
+                log.warning(
+                    "%s %s was taken from its batch, which goes on without it",
+                    lost.kind,
+                    lost.job_id,
+                )
+                self._end_apart(run, lost, None)
+        return bool(owned)
 
 
 class Threads:

@@ -39,9 +39,12 @@ class Lookout:
         if not old:
             return LOOK
         lost = self._control.statements(
-            lambda session: transitions.lost_of(session, [run.claim for run in old])
+            lambda session: transitions.lost_of(
+                session, [each for run in old for each in run.claims]
+            )
         )
-        suspects = {run for run in old if run.claim in lost}
+        # A batch goes on while it has any job left; it runs again without those that it lost.
+        suspects = {run for run in old if all(claim in lost for claim in run.claims)}
         for run in suspects & self._suspects:
             log.info(
                 "%s %s was cancelled, or taken away: its run is interrupted", run.kind, run.job_id

@@ -9,14 +9,21 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
-from sqlalchemy_jobs.claims import ALONE_FROM
-from sqlalchemy_jobs.runs import Run
+from sqlalchemy_jobs.app import Handler
+from sqlalchemy_jobs.claims import ALONE_FROM, Claim
+from sqlalchemy_jobs.runs import Batch, Run
 
-NONE: Mapping[str, int] = MappingProxyType({})
+NONE: Mapping[str, Any] = MappingProxyType({})
 RunKey = tuple[uuid.UUID, int, uuid.UUID]
 MOST_UNSETTLED = 2000
 """No more is claimed while so many runs have ended and are not written down yet."""
+
+
+def may_share(claim: Claim) -> bool:
+    """Tell whether a job may be in a batch with others: one that failed before would fail them again."""
+    return not claim.failures and not claim.crashes
 
 
 def key_of(run: Run) -> RunKey:
@@ -36,12 +43,21 @@ class Slots:
     """
 
     def __init__(
-        self, total: int, limits: Mapping[str, int | None], changed: Callable[[], None]
+        self,
+        total: int,
+        limits: Mapping[str, int | None],
+        changed: Callable[[], None],
+        batched: Mapping[str, Handler] = NONE,
     ) -> None:
         self.total = total
         self._most_hung = most_hung(total)
         self._limits = limits
         self._changed = changed
+        self._batched = batched
+        """The batch handlers by kind: their runs get a slot together."""
+        self._most_owned = MOST_UNSETTLED + total * max(
+            (handler.batch or 1 for handler in batched.values()), default=1
+        )
         self.wake_at: float = math.inf
         self._lock = threading.Lock()
         self._owned: dict[RunKey, Run] = {}
@@ -70,7 +86,7 @@ class Slots:
                     self._waiting_count += 1
 
     def next(self) -> Run | None:
-        """Give a slot to the run that waits longest of those whose queue has room."""
+        """Give a slot to the run that waits longest of those whose queue has room; to a batch if its kind has them."""
         if not self._waiting_count:
             return None
         with self._lock:
@@ -86,9 +102,25 @@ class Slots:
                 return None
             _, run = first.popleft()
             self._waiting_count -= 1
+            if handler := self._batched.get(run.kind):
+                run = self._batch(run, handler, first)
             self._running[key_of(run)] = run
             self._by_queue[run.queue] += 1
             return run
+
+    def _batch(self, first: Run, handler: Handler, waiting: deque[tuple[float, Run]]) -> Batch:
+        """Return it with those of its kind that wait in the same queue: what is there, as long as there is room."""
+        members, others = [first], []
+        if may_share(first.claim):
+            while waiting and len(members) < (handler.batch or 1):
+                at, run = waiting.popleft()
+                if self._batched.get(run.kind) is handler and may_share(run.claim):
+                    members.append(run)
+                else:
+                    others.append((at, run))
+            waiting.extendleft(reversed(others))
+            self._waiting_count -= len(members) - 1
+        return Batch(members)
 
     def withdraw(self, waited: float = 0.0) -> list[Run]:
         """Take those back that have waited for so many seconds; they stay owned until they are settled."""
@@ -135,6 +167,8 @@ class Slots:
         """Forget every run, and return them: their worker was declared dead or is going away."""
         with self._lock:
             runs = list(self._owned.values())
+            # Of a batch the runs are owned, but it is what runs.
+            runs += [run for run in self._running.values() if isinstance(run, Batch)]
             self._owned.clear()
             self._waiting.clear()
             self._waiting_count = 0
@@ -184,7 +218,7 @@ class Slots:
         with self._lock:
             if any(run.claim.crashes >= ALONE_FROM for run in self._running.values()):
                 return 0, {}
-            if len(self._owned) > MOST_UNSETTLED + self.total:
+            if len(self._owned) > self._most_owned:
                 return 0, {}
             free = self.total - self.lost - len(self._running) - self._waiting_count
             free += sum(ahead.values())

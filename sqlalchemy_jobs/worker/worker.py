@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 from sqlalchemy_jobs import bell, transitions
 from sqlalchemy_jobs.app import JobApp
 from sqlalchemy_jobs.errors import ConfigurationError
-from sqlalchemy_jobs.runs import Run
-from sqlalchemy_jobs.worker import connections, execution, guard, preflight
+from sqlalchemy_jobs.runs import Batch, Run
+from sqlalchemy_jobs.worker import batches, connections, execution, guard, preflight
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.claiming import Claimer
 from sqlalchemy_jobs.worker.control import Control, direct
@@ -282,12 +282,13 @@ class _Parts:
         self.connections = connections.most(
             self._handlers.values(), *engines, self._total, self._control.dialect
         )
-        self.slots = Slots(self._total, settings.limits, self._on_change)
+        batched = {kind: each for kind, each in self._handlers.items() if each.batch}
+        self.slots = Slots(self._total, settings.limits, self._on_change, batched)
         self._settler = Settler(
             self._control, self.slots.disown, lambda: self.slots.waiting > self._total
         )
         self._timeouts = Timeouts(lambda: self._timing.wake(), self._on_hung)
-        supervisor = Supervisor(app, self._control, self._timeouts, self._on_end)
+        supervisor = Supervisor(app, self._control, self._timeouts, self._on_end, self._end_apart)
         self._supervisor = supervisor
         self._threads: Threads | None = None
         if app.sessions is not None:
@@ -488,14 +489,26 @@ class _Parts:
             self._settle(run, transitions.give_back)
 
     def _settle(self, run: Run, transition: Transition) -> None:
-        self._settler.put(run, transition)
+        if isinstance(run, Batch):
+            for each, its_own in batches.each_of(run, transition):
+                self._settler.put(each, its_own)
+        else:
+            self._settler.put(run, transition)
         self._settling.wake()
+
+    def _end_apart(self, batch: Batch, run: Run, transition: Transition | None) -> None:
+        """End a run of a batch for itself; the batch goes on without it."""
+        batch.apart.add(run)
+        if transition is None:
+            self.slots.disown([run])
+        else:
+            self._settle(run, transition)
 
     def _on_end(self, run: Run, transition: Transition | None) -> None:
         if not self.slots.ended(run):
             return  # it was given up, and its end is written down
         if transition is None:
-            self.slots.disown([run])
+            self.slots.disown(run.runs if isinstance(run, Batch) else [run])
         else:
             self._settle(run, transition)
 
@@ -513,7 +526,10 @@ class _Parts:
         )
         if overdue:
             declaration = self._handlers[run.kind].declaration
-            self._settle(run, execution.hung(run, declaration, handling.where()))
+            where = handling.where()
+            self._settle(
+                run, batches.of_each(run, lambda each: execution.hung(each, declaration, where))
+            )
         else:
             self._settle(run, execution.released("its handler did not come back"))
         if not self._is_async(run):

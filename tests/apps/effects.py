@@ -15,7 +15,7 @@ from sqlalchemy import create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqlalchemy_jobs import Fail, JobApp, Retry, Snooze, current_run, job, sqlite
+from sqlalchemy_jobs import Fail, JobApp, Retry, Snooze, current_run, current_runs, job, sqlite
 from tests.domain import Effect
 
 _ASYNC = {"sqlite": "sqlite+aiosqlite", "mysql": "mysql+aiomysql"}
@@ -44,6 +44,14 @@ class Write:
 @dataclass(frozen=True)
 class WriteAsync:
     """Insert one effect, from an async handler."""
+
+    note: str = ""
+
+
+@job("write_many", max_attempts=1000)
+@dataclass(frozen=True)
+class WriteMany:
+    """Insert one effect each, for many at once; the note "kill" kills the process, in the job's first run."""
 
     note: str = ""
 
@@ -94,6 +102,16 @@ def write(session: Session, payload: Write) -> None:
 @jobs.handler(WriteAsync)
 async def write_async(session: AsyncSession, payload: WriteAsync) -> None:
     session.add(effect(payload.note))
+
+
+@jobs.handler(WriteMany, batch=50)
+def write_many(session: Session, payloads: list[WriteMany]) -> None:
+    runs = current_runs()
+    for payload, run in zip(payloads, runs, strict=True):
+        session.add(Effect(job_id=run.job_id.hex, note=payload.note))
+    session.flush()
+    if any(each.note == "kill" for each in payloads) and runs[0].attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @jobs.handler(WriteAndHang)

@@ -35,6 +35,7 @@ from sqlalchemy_jobs import (
     backoff,
     cancel,
     current_run,
+    current_runs,
     enqueue,
     enqueue_many,
     errors,
@@ -171,6 +172,7 @@ sync_only = JobApp(make())
 async_only = JobApp(async_sessionmaker())
 scoped = JobApp(scoped_session(make()))
 sqlmodel = JobApp(make(class_=SQLModelSession))
+batched = JobApp(make(), async_sessionmaker())
 
 
 class OwnSession(AsyncSession):
@@ -236,7 +238,30 @@ def by_other_names(db: Session, what: Thumbnail, /, *, quality: int = 80) -> flo
     return quality / 100
 
 
+@batched.handler(Thumbnail, batch=100)
+def shrink_many(session: Session, payloads: list[Thumbnail]) -> None:
+    assert_type(current_runs(), list[Run])
+
+
+@batched.handler(Crawl, batch=20)
+async def crawl_many(
+    session: AsyncSession, payloads: list[Crawl]
+) -> list[Snooze | dict[str, int] | OSError | None]:
+    return [{"page": len(each.page)} for each in payloads]
+
+
+@batched.handler(Invite, batch=7)
+def invite_many(session: Session, payloads: Sequence[Invite]) -> list[Exception | None] | None:
+    assert_type(payloads[0], Invite)
+    return [Fail("a placeholder"), Retry(timedelta(minutes=1)), ValueError("no"), None]
+
+
+@batched.handler(Reminder, batch=1)
+async def remind_many(session: AsyncSession, payloads: list[Reminder]) -> None: ...
+
+
 # A handler stays callable, as its own tests will call it.
+assert_type(invite_many(Session(), [Invite("b@example.com")]), list[Exception | None] | None)
 assert_type(invite(Session(), Invite("b@example.com")), Snooze | Cancel | None)
 
 elsewhere = Handlers[Session, AsyncSession]()

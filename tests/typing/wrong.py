@@ -210,7 +210,36 @@ both.handler(NoFields)  # error: no payload class
 both.handler(Thumbnail("a.png"))  # error: an instance, not the class
 both.handler("crawl")  # error: the kind, not the class
 both.handler(Crawl, transaction="none")  # error: wrapped or manual
-both.handler(Crawl, batch=10)  # error: no such option
+both.handler(Crawl, batch="10")  # error: a number is wanted
+both.handler(Crawl, batch=10, transaction="manual")  # error: a batch has one transaction
+
+
+@both.handler(Crawl, batch=10)  # error: a list of payloads is wanted
+def batch_of_one(session: Session, payload: Crawl) -> None: ...
+
+
+@both.handler(Crawl, batch=10)  # error: the payloads of another handler
+async def batch_of_others(session: AsyncSession, payloads: list[Thumbnail]) -> None: ...
+
+
+@both.handler(Crawl)  # error: without batch it is one payload
+def list_without_batch(session: Session, payloads: list[Crawl]) -> None: ...
+
+
+@both.handler(Crawl, batch=10)  # error: a list is wanted
+def one_for_all(session: Session, payloads: list[Crawl]) -> Snooze:
+    return Snooze(timedelta(hours=1))
+
+
+@both.handler(Crawl, batch=10)  # error: cannot be stored as a result
+def entries_are_objects(session: Session, payloads: list[Crawl]) -> list[object]:
+    return [object()]
+
+
+@both.handler(Crawl, batch=10)  # error: the class, not an instance
+async def entries_are_classes(session: AsyncSession, payloads: list[Crawl]) -> list[type[Retry]]:
+    return [Retry]
+
 
 # --- apps and workers ------------------------------------------------------------------------------
 

@@ -871,6 +871,7 @@ def pool_of(sqlite: Database) -> Iterator[Callable[..., Pool]]:
             control,
             Timeouts(never, lambda handling: None),
             lambda run, transition: ended.release(),
+            lambda batch, run, transition: never(),
         )
         assert app.sessions is not None
         pool = Pool(Threads(supervisor, app.sessions, most, lambda: None), app, ended, seen)
