@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from sqlalchemy_jobs import Job, JobApp, Worker, WorkerRow, enqueue, errors, job
+from sqlalchemy_jobs.worker import parts as parts_module
 from sqlalchemy_jobs.worker import worker as worker_module
 from sqlalchemy_jobs.worker.leases import Lease
 from sqlalchemy_jobs.worker.loops import LoopThread
@@ -159,14 +160,14 @@ def test_a_cancelled_async_with_leaves_no_worker_behind(
     app.handler(Ending)(lambda session, payload: None)
     worker = Worker(app)
     in_check, go_on = threading.Event(), threading.Event()
-    check = worker_module._Parts.check
+    check = parts_module.Parts.check
 
     def slow_check(parts: Any) -> None:
         in_check.set()
         assert go_on.wait(20)
         check(parts)
 
-    monkeypatch.setattr(worker_module._Parts, "check", slow_check)
+    monkeypatch.setattr(parts_module.Parts, "check", slow_check)
 
     async def main() -> None:
         async def enter() -> None:
