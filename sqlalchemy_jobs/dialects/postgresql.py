@@ -43,7 +43,6 @@ from sqlalchemy_jobs.dialects.base import (
     Dialect,
     SessionLocks,
     Transaction,
-    claim_of,
     waited_in_vain,
 )
 from sqlalchemy_jobs.dialects.listening import CHANNEL_OF_TABLE, Listening, table_of
@@ -300,7 +299,7 @@ class PostgreSQL(Dialect):
         rows = sorted(rows, key=_ORDER)
         # The driver's own way to read JSON takes five times as long.
         return [
-            claim_of(row, row[1], wanted.worker_id)._replace(payload=decode_json(row[4]))
+            Claim._make((*row[:2], wanted.worker_id, *row[2:4], decode_json(row[4]), *row[5:]))
             for row in rows
         ]
 
