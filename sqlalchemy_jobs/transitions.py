@@ -87,7 +87,7 @@ def complete_many(session: Session, claims: Sequence[Claim]) -> set[uuid.UUID]:
     """running -> succeeded for runs without a result whose handler did not use its session.
 
     Never waits: a row that someone holds locked, and one that another run owns, is missing from the
-    returned ids. Its own short transaction.
+    returned ids. One that this very run completed before may be among them. Its own short transaction.
     """
     dialect = dialects.of(session)
     done: set[uuid.UUID] = set()

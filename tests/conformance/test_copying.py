@@ -193,6 +193,7 @@ def test_row_level_security_has_them_inserted(postgresql: Database, copies: list
         for statement in (
             f"CREATE ROLE {role}",
             f"GRANT SELECT, INSERT ON sajobs_job TO {role}",
+            f"GRANT SELECT ON sajobs_worker TO {role}",
             "ALTER TABLE sajobs_job ENABLE ROW LEVEL SECURITY",
             "CREATE POLICY own ON sajobs_job USING (queue = 'mine') WITH CHECK (queue = 'mine')",
         ):

@@ -66,6 +66,9 @@ class Model:
     def owned_by(self, claim: Claim) -> bool:
         return (self.attempt, self.worker) == (claim.attempt, claim.worker_id)
 
+    def succeeded_by(self, claim: Claim) -> bool:
+        return (self.state, self.attempt) == ("succeeded", claim.attempt)
+
     def leave(self, state: str, *, effect: bool = False, failed: bool = False) -> None:
         self.failures += failed
         self.state = state
@@ -179,8 +182,10 @@ class Life(RuleBasedStateMachine):
         with self.sessions.begin() as session:
             done = transitions.complete_many(session, claims)
         expected = {each.job_id for each in claims if self.models[each.job_id].owned_by(each)}
-        assert done == expected
-        for job_id in done:
+        # Completed before by the same run: on PostgreSQL that is told once more, and changes nothing.
+        again = {each.job_id for each in claims if self.models[each.job_id].succeeded_by(each)}
+        assert expected <= done <= expected | again
+        for job_id in expected:
             self.models[job_id].leave("succeeded")
 
     @rule(worker=workers)
