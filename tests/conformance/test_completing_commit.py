@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, select, text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqlalchemy_jobs import Job, JobApp, Worker, enqueue
@@ -143,3 +144,26 @@ def test_a_run_whose_job_was_taken_commits_nothing(row_locks: Database, isolatio
         job = session.scalars(select(Job)).one()
         assert (job.state, job.attempt, job.failures) == ("succeeded", 3, 0)
         assert len(session.scalars(select(Effect)).all()) == 1
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_where_every_statement_is_prepared_this_one_is_not(
+    postgresql: Database, is_async: bool
+) -> None:
+    """Two statements in one cannot be prepared."""
+    options: dict[str, Any] = {"connect_args": {"prepare_threshold": 0}}
+    app: JobApp[Any, Any]
+    if is_async:
+        async_sessions = async_sessionmaker(postgresql.async_engine(**options))
+        app = JobApp(async_sessions)
+
+        @app.handler(Act)
+        async def handler(session: AsyncSession, payload: Act) -> None:
+            session.add(Effect(note="done"))
+    else:
+        app = JobApp(sessionmaker(postgresql.engine(**options)))
+        app.handler(Act)(write)
+    with postgresql.sessions().begin() as session:
+        session.add(enqueue(Act(), max_attempts=1))
+    assert Worker(app, drain=True, concurrency=1).run()
+    assert found(postgresql) == ("succeeded", 0, 1)
