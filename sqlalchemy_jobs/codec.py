@@ -68,6 +68,8 @@ def decode(
     Raises: InvalidPayload.
     """
     try:
+        if isinstance(stored, Exception):  # it could not even be read
+            raise stored
         return _from_stored(cls, upgrade(stored) if upgrade else stored)
     except Exception as error:
         raise InvalidPayload(

@@ -191,6 +191,16 @@ class AdvisoryLocks(SessionLocks):
         return func.pg_try_advisory_lock(_lock_key(literal(worker_id, Uuid())))
 
 
+def _read(payload: str) -> Any:
+    """Read a payload's JSON. What cannot be read (it is nested too deeply) is the trouble of that job alone: as the
+    error it is handed on to ``codec.decode``, which raises it.
+    """
+    try:
+        return decode_json(payload)
+    except Exception as error:
+        return error
+
+
 @cache
 def _lanes(schema: str | None) -> TextClause:
     return text(_in_schema(_LANES, schema))
@@ -299,7 +309,7 @@ class PostgreSQL(Dialect):
         rows = sorted(rows, key=_ORDER)
         # The driver's own way to read JSON takes five times as long.
         return [
-            Claim._make((*row[:2], wanted.worker_id, *row[2:4], decode_json(row[4]), *row[5:]))
+            Claim._make((*row[:2], wanted.worker_id, *row[2:4], _read(row[4]), *row[5:]))
             for row in rows
         ]
 

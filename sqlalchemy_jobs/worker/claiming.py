@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from sqlalchemy.orm import Session
 
@@ -28,6 +29,8 @@ from sqlalchemy_jobs.worker.slots import Slots, may_share
 from sqlalchemy_jobs.worker.wakeup import Wakeup
 
 log = logging.getLogger("sqlalchemy_jobs")
+
+T = TypeVar("T")
 
 IDLE_WAITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Seconds an idle worker waits before it looks again; then its poll interval, which also bounds these, or longer where
@@ -163,9 +166,7 @@ class Claimer:
             return min(self._poll, LONGEST_AHEAD) if self._slots.waiting else self._poll
         began_at, marked = time.monotonic(), bool(self._marks)
         if self._sees_due():
-            claims, asked = self._control.statements(
-                lambda session: self._claim(session, worker_id, ahead)
-            )
+            claims, asked = self._carry_out(lambda session: self._claim(session, worker_id, ahead))
         else:
             claims, asked = [], 0
             self._slots.wake_at = -1  # no slot that is given up would let it claim more
@@ -192,6 +193,14 @@ class Claimer:
         self._tell_if_drained()
         self._idle_polls += 1
         return self._idle_wait()
+
+    def _carry_out(self, work: Callable[[Session], T]) -> T:
+        """Claim; what raises may have claimed all the same, where each statement is a transaction of its own."""
+        try:
+            return self._control.statements(work)
+        except BaseException:
+            self._reconciled_at = -math.inf
+            raise
 
     def _idle_wait(self) -> float:
         """Return how long to sleep: until the next job that is known falls due, at most."""
@@ -276,7 +285,7 @@ class Claimer:
                     durable=self._control.durable,
                     ahead=True,
                 )
-                found = self._control.statements(partial(transitions.claim, wanted=wanted))
+                found = self._carry_out(partial(transitions.claim, wanted=wanted))
                 now = time.monotonic()
                 if now - began > FILL_WORTH * (1 + len(found)):
                     self._fill_from[kind] = now + FILL_REST * (now - began)

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session, defer
 
 from sqlalchemy_jobs import Attempt, Job, JobApp, JobState, Worker, enqueue_many, job, transitions
 from sqlalchemy_jobs.claims import Claim, Wanted
@@ -241,3 +241,47 @@ def test_a_queue_runs_no_more_at_once_than_it_may(
     assert Worker(app, drain=True, queues={"mail": 2, "default": 4}).run()
     assert states(row_locks) == {"succeeded": 300}
     assert most["mail"] <= 2 and most["default"] <= 4
+
+
+def test_a_payload_that_cannot_be_read_fails_its_own_job_only(postgresql: Database) -> None:
+    app: JobApp[Any, Any] = JobApp(postgresql.sessions())
+    ran: list[int] = []
+    app.handler(Quick)(lambda session, payload: ran.append(payload.n))
+    add(postgresql, *(Quick(n) for n in range(3)), max_attempts=1)
+    nested = '{"n": 1, "deep": ' + "[" * 2000 + "]" * 2000 + "}"
+    with postgresql.sessions().begin() as session:
+        of_1 = select(Job.id).where(Job.payload["n"].as_integer() == 1)
+        job_id = session.scalars(of_1).one()
+        session.execute(
+            text("UPDATE sajobs_job SET payload = CAST(:nested AS jsonb) WHERE id = :id"),
+            {"nested": nested, "id": job_id},
+        )
+    assert Worker(app, drain=True, concurrency=3).run()
+    assert sorted(ran) == [0, 2]
+    with postgresql.sessions()() as session:
+        assert session.get_one(Job, job_id, options=[defer(Job.payload)]).state == JobState.FAILED
+        assert session.scalars(select(Attempt.error_type)).one().endswith("InvalidPayload")
+
+
+def test_what_was_claimed_by_a_claim_that_raised_is_given_back_at_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each statement is a transaction of its own, what comes after the claim does not undo it."""
+    claim, raised = transitions.claim, threading.Event()
+
+    def once(session: Session, wanted: Wanted) -> list[Claim]:
+        claims = claim(session, wanted)
+        if claims and not raised.is_set():
+            raised.set()
+            raise RuntimeError("after the claim")
+        return claims
+
+    monkeypatch.setattr(transitions, "claim", once)
+    monkeypatch.setattr(claiming, "RECONCILE", 3600.0)
+    monkeypatch.setattr(claiming, "IDLE_RECONCILE", 3600.0)
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    app.handler(Quick)(lambda session, payload: None)
+    with app.worker(concurrency=1):
+        add(database, Quick())
+        until(raised.is_set)
+        until(lambda: states(database) == {"succeeded": 1})
