@@ -41,6 +41,8 @@ SWEEP = 1.0
 """Seconds for which a worker under full load may miss a lane that is new, or a job that was committed late."""
 SWEEPS_SHARE = 20
 """A claim from the beginning may have to read what others have left behind: so many times as long pass until the next."""
+LONGEST_SWEEP = 5.0
+"""But no more seconds: it may have been slow for once, and until then a better priority that is new is not seen."""
 RECONCILE = 10.0
 """Seconds between two reconciliations of an undisturbed worker."""
 IDLE_RECONCILE = 300.0
@@ -318,7 +320,8 @@ class Claimer:
             self._marks = {}
         elif not self._marks:
             now = time.monotonic()
-            self._sweep_at = max(self._sweep_at, now + SWEEPS_SHARE * (now - began_at))
+            rest = min(SWEEPS_SHARE * (now - began_at), LONGEST_SWEEP)
+            self._sweep_at = max(self._sweep_at, now + rest)
         for each in claims:  # in the order of each lane
             assert each.run_at is not None
             self._marks[each.queue, each.priority] = each.run_at, each.job_id

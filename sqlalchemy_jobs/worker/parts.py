@@ -336,6 +336,8 @@ class Parts:
 
     def _on_lost(self, reason: str, *, dead: bool) -> None:
         log.error("%s: the runs in flight are %s", reason, "given up" if dead else "asked to stop")
+        if not dead:  # what waits is not to begin
+            self._give_back(self.slots.withdraw())
         runs = self.slots.disown_all() if dead else self.slots.running()
         for run in runs:
             self._stop(run)

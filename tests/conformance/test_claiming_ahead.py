@@ -1,11 +1,13 @@
 """Quick jobs are claimed before a slot is free; what such a claim may and may not do to them."""
 
 import threading
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import func, select, text
@@ -14,6 +16,10 @@ from sqlalchemy.orm import Session, defer
 from sqlalchemy_jobs import Attempt, Job, JobApp, JobState, Worker, enqueue_many, job, transitions
 from sqlalchemy_jobs.claims import Claim, Wanted
 from sqlalchemy_jobs.worker import claiming
+from sqlalchemy_jobs.worker.claiming import Claimer
+from sqlalchemy_jobs.worker.settings import Settings
+from sqlalchemy_jobs.worker.slots import Slots
+from sqlalchemy_jobs.worker.wakeup import Wakeup
 from tests.conformance.test_poison import until
 from tests.conformance.test_transitions import Bench
 from tests.databases import Database
@@ -260,7 +266,7 @@ def test_a_payload_that_cannot_be_read_fails_its_own_job_only(postgresql: Databa
     assert sorted(ran) == [0, 2]
     with postgresql.sessions()() as session:
         assert session.get_one(Job, job_id, options=[defer(Job.payload)]).state == JobState.FAILED
-        assert session.scalars(select(Attempt.error_type)).one().endswith("InvalidPayload")
+        assert "InvalidPayload" in str(session.scalars(select(Attempt.error_type)).one())
 
 
 def test_what_was_claimed_by_a_claim_that_raised_is_given_back_at_once(
@@ -285,3 +291,48 @@ def test_what_was_claimed_by_a_claim_that_raised_is_given_back_at_once(
         add(database, Quick())
         until(raised.is_set)
         until(lambda: states(database) == {"succeeded": 1})
+
+
+def test_what_waits_does_not_begin_on_a_lease_that_cannot_be_renewed(
+    row_locks: Database, always_ahead: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "LONGEST_AHEAD", 3600.0)
+    app: JobApp[Any, Any] = JobApp(row_locks.sessions())
+    began, go_on = threading.Event(), threading.Event()
+
+    @app.handler(Quick)
+    def handler(session: Session, payload: Quick) -> None:
+        began.set()
+        go_on.wait(60)
+
+    add(row_locks, *(Quick(n) for n in range(20)))
+    with app.worker(concurrency=1, lease=timedelta(seconds=10)):
+        assert began.wait(60)
+        until(lambda: states(row_locks) == {"running": 20})
+        with row_locks.engine().begin() as connection:
+            connection.execute(text("SELECT id FROM sajobs_worker FOR UPDATE"))
+            until(lambda: states(row_locks) == {"running": 1, "ready": 19})
+        go_on.set()
+        until(lambda: states(row_locks) == {"succeeded": 20})
+
+
+def test_a_slow_look_does_not_hide_a_new_lane_for_long(sqlite: Database) -> None:
+    """Under full load; what came of one slow look was twenty times as long."""
+    bench = AheadBench(sqlite)
+    settings = Settings()
+    claimer = Claimer(
+        bench.control,
+        cast(Any, None),
+        Slots(1, {}, lambda: None),
+        {},
+        settings,
+        Wakeup(1.0, lambda: None),
+        lambda: None,
+        lambda runs: None,
+        lambda: None,
+    )
+    now = time.monotonic()
+    first = Claim(uuid.uuid4(), 1, uuid.uuid4(), queue="default", run_at=datetime.now(UTC))
+    claimer._mark([first], now - 3600)
+    assert claimer._sweep_at <= time.monotonic() + claiming.LONGEST_SWEEP
+    bench.control.close()
