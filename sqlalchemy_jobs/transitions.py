@@ -35,6 +35,7 @@ from sqlalchemy_jobs import bell, dialects
 from sqlalchemy_jobs.backoff import quartic
 from sqlalchemy_jobs.claims import Claim, Lane, Wanted
 from sqlalchemy_jobs.columns import microseconds, server_now
+from sqlalchemy_jobs.inserts import RUNG_AHEAD
 from sqlalchemy_jobs.states import JobState, Outcome, WorkerState
 from sqlalchemy_jobs.tables import (
     BEGUN,
@@ -167,7 +168,9 @@ def discard_all(session: Session, claims: Sequence[Claim]) -> bool:
 
 def snooze(session: Session, claim: Claim, *, delay: timedelta) -> bool:
     """running -> ready after ``delay``; no failure. Called in the handler's transaction."""
-    return _to_ready(session, claim, delay) and record(session, claim, Outcome.SNOOZED)
+    moved = _to_ready(session, claim, delay)
+    _ring_ahead(session, claim, delay)
+    return moved and record(session, claim, Outcome.SNOOZED)
 
 
 def cancel(session: Session, claim: Claim, *, reason: str) -> bool:
@@ -179,6 +182,7 @@ def cancel(session: Session, claim: Claim, *, reason: str) -> bool:
 def retry(session: Session, claim: Claim, *, failure: Failure, delay: timedelta) -> bool:
     """running -> ready after ``delay``, one failure more. Called in a fresh transaction, or in that of a batch."""
     moved = _to_ready(session, claim, delay, failed=1)
+    _ring_ahead(session, claim, delay)
     return moved and record(session, claim, failure.outcome, failure)
 
 
@@ -459,6 +463,12 @@ def _to_ready(
 ) -> bool:
     micros = microseconds(wait)
     return _move(session, claim, _READY, wait=micros, failed=failed, crashed=crashed)
+
+
+def _ring_ahead(session: Session, claim: Claim, wait: timedelta) -> None:
+    """Tell the other workers too: when the job is due, the one that ran it may be busy."""
+    if wait < timedelta(seconds=RUNG_AHEAD):
+        bell.ring(session, [claim.queue])
 
 
 def record(

@@ -19,7 +19,18 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
-from sqlalchemy_jobs import Job, JobApp, WorkerRow, bell, enqueue, enqueue_many, job, requeue
+from sqlalchemy_jobs import (
+    Job,
+    JobApp,
+    Retry,
+    Snooze,
+    WorkerRow,
+    bell,
+    enqueue,
+    enqueue_many,
+    job,
+    requeue,
+)
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.dialects import postgresql as pg
 from sqlalchemy_jobs.dialects.listening import CHANNEL_OF_TABLE, table_of
@@ -310,6 +321,30 @@ def heard(database: Database, schema: str | None = None) -> Iterator[list[str]]:
 
 def listen(session: Session, *, lease: timedelta = timedelta(minutes=5), on: bool = True) -> None:
     leases.register(session, lease, bell=on)
+
+
+def test_a_retry_and_a_snooze_ring_for_other_workers(postgresql: Database) -> None:
+    """The one that ran the job may be busy when it is due, and the others sleep past that."""
+    sessions = postgresql.sessions()
+
+    app: JobApp[Any, Any] = JobApp(sessions)
+    ends: dict[int, Any] = {1: Retry(timedelta(seconds=70)), 2: Snooze(timedelta(seconds=70))}
+    ends |= {3: Retry(timedelta(hours=1)), 4: Snooze(timedelta(hours=1))}
+
+    @app.handler(Woken)
+    def handler(session: Session, payload: Woken) -> Any:
+        session.execute(select(1))
+        if isinstance(ends[payload.n], Retry):
+            raise ends[payload.n]
+        return ends[payload.n]
+
+    for n in ends:
+        add(sessions, n, queue=f"q{n}")
+    with sessions.begin() as session:
+        listen(session)
+    with heard(postgresql) as what:
+        assert Worker(app, drain=True, listen=False).run()
+    assert sorted(what) == ["q1", "q2"]
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy_jobs.errors.JobNeverAdded")  # in bulk
