@@ -139,6 +139,7 @@ class Claimer:
         self._next_due = math.inf
         self._speed = Speed(slots, settings.limits)
         self._ahead_until = 0.0
+        self._was_ahead = False
         self._reconciled_at = -math.inf
         self._has_claimed = False
         self._losses_seen = 0
@@ -166,6 +167,9 @@ class Claimer:
             self._wakeup.claimed(full=True)
             self._tell_if_drained()
             return min(self._poll, LONGEST_AHEAD) if self._slots.waiting else self._poll
+        if self._was_ahead and not ahead:
+            self._marks = {}  # what a claim ahead passes by lies before them
+        self._was_ahead = bool(ahead)
         began_at, marked = time.monotonic(), bool(self._marks)
         if self._sees_due():
             claims, asked = self._carry_out(lambda session: self._claim(session, worker_id, ahead))
@@ -187,7 +191,7 @@ class Claimer:
         self._mark(claims if is_full else [], began_at)
         if not is_full:
             self._ahead_until = 0.0
-        elif not ahead:
+        elif not ahead and all(map(self._might_wait, claims)):
             self._ahead_until = time.monotonic() + LONGEST_AHEAD
         if claims or marked:
             self._idle_polls = 0
@@ -195,6 +199,10 @@ class Claimer:
         self._tell_if_drained()
         self._idle_polls += 1
         return self._idle_wait()
+
+    def _might_wait(self, claim: Claim) -> bool:
+        """Tell whether a claim ahead would have brought this job: where others come, there may be more of them."""
+        return not claim.crashes and claim.kind not in self._not_repeated
 
     def _carry_out(self, work: Callable[[Session], T]) -> T:
         """Claim; what raises may have claimed all the same, where each statement is a transaction of its own."""

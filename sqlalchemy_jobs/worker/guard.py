@@ -66,6 +66,8 @@ class Watch:
         """Have the commit carry the completion, where that saves a round trip, and tell whether it does."""
         if transition is not transitions.complete or self._session.twophase:
             return False
+        if not isinstance(self._session.get_bind(Job), Engine):
+            return False  # the commit of a connection that was begun outside is not the session's
         connection = self._session.connection(bind_arguments=TO_JOB)
         if len(self.databases) > 1:
             return False

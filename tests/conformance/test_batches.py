@@ -507,7 +507,8 @@ def test_false_deaths_double_nothing(database: Database, tmp_path: Path, effects
             each.wait_for("serves")
     control.close()
     assert outcome.effects() == (3000, 3000)
-    assert rescued > 0
+    if database.name != "sqlite":  # where the one writer may well be done before anybody can say so
+        assert rescued > 0
 
 
 # --- other options of the class ---------------------------------------------------------------------

@@ -158,6 +158,31 @@ def test_what_must_not_be_repeated_is_never_claimed_ahead(
     assert kinds[True] == {"quick"} and "once" in kinds[False]
 
 
+def test_jobs_that_are_never_claimed_ahead_are_not_left_behind_by_those_that_are(
+    database: Database, always_ahead: None
+) -> None:
+    """Once one is seen they go on until there is none: by their turn, and not a few in a second."""
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    ran: list[str] = []
+    began, pause = threading.Event(), threading.Event()
+
+    @app.handler(Quick)
+    def quick(session: Session, payload: Quick) -> None:
+        ran.append("quick")
+        pause.wait(0.001)
+        if len(ran) > 50:
+            began.set()
+
+    app.handler(Once)(lambda session, payload: ran.append("once"))
+    add(database, *(Quick(n) for n in range(4000)))
+    with app.worker(concurrency=1):
+        assert began.wait(60)
+        add(database, *(Once(n) for n in range(60)), run_at=datetime(2025, 1, 1, tzinfo=UTC))
+        until(lambda: ran.count("once") == 60)
+    first, last = ran.index("once"), len(ran) - ran[::-1].index("once")
+    assert last - first < 60 + 100
+
+
 @dataclass
 class Held:
     """A worker whose first run does not end before it is told to."""
