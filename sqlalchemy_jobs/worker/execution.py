@@ -89,7 +89,8 @@ def perform(
                 session.invalidate()
             raise
         held_since = watch.began_at
-        if not watch.completes_by_its_commit(transition) and not transition(session, run.claim):
+        goes_along = watch.completes_by_its_commit(transition)
+        if not goes_along and not transition(session, run.claim):
             raise LeaseLost(_NOT_OURS.format(run.job_id))
         watch.settling = True
         try:
@@ -98,6 +99,11 @@ def perform(
             if watch.is_lease_lost(error):
                 raise LeaseLost(_NOT_OURS.format(run.job_id)) from error
             raise CommitFailed from error
+        if goes_along and not watch.has_completed:
+            log.error(
+                "%s %s: its completion did not go along with its commit", run.kind, run.job_id
+            )
+            return transition
         _warn_of_long_write(session, handler, held_since)
         _warn_of_two_databases(watch, handler)
     return None

@@ -10,6 +10,7 @@ stand on the Session class, since per-instance listeners cost as much as the res
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -26,6 +27,7 @@ from sqlalchemy_jobs.worker.handling import Handling
 
 _KEY = "sqlalchemy_jobs.watch"
 _COMMIT = "sqlalchemy_jobs.commit"
+_listening = threading.Lock()
 
 
 class Watch:
@@ -42,6 +44,8 @@ class Watch:
         """The engines that its transactions have used."""
         self._ended: str | None = None
         self._dialect: Dialect | None = None
+        self.has_completed = False
+        """Whether the completion was sent with the commit."""
 
     def __enter__(self) -> Watch:
         self._session.info[_KEY] = self
@@ -75,10 +79,11 @@ class Watch:
         statement = dialect.completing_commit(connection, self.handling.run.claim)
         if statement is None:
             return False
-        if not event.contains(connection.engine, "commit", _on_commit):
-            event.listen(connection.engine, "commit", _on_commit)
+        with _listening:  # while one thread begins to listen, another one is told that it does
+            if not event.contains(connection.engine, "commit", _on_commit):
+                event.listen(connection.engine, "commit", _on_commit)
         # For this transaction only: should the commit fail before it gets there, others will use the connection.
-        connection.info[_COMMIT] = connection.get_transaction(), statement
+        connection.info[_COMMIT] = connection.get_transaction(), statement, self
         self._dialect = dialect
         return True
 
@@ -132,8 +137,9 @@ def install() -> None:
 
 def _on_commit(connection: Connection) -> None:
     """Commit by a statement of ours: what the driver sends next finds no transaction."""
-    transaction, statement = connection.info.pop(_COMMIT, (None, ""))
+    transaction, statement, watch = connection.info.pop(_COMMIT, (None, "", None))
     if transaction is not None and transaction is connection.get_transaction():
+        watch.has_completed = True
         try:
             _execute(connection, statement)
         except BaseException:

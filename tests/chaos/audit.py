@@ -195,8 +195,12 @@ def _crashes(books: Books) -> Iterator[str]:
     killers = {each.pid for each in books.poisoned}
     for job_id, job in books.of_kind("poison", "neighbour"):
         failed = [each for each in books.attempts_of[job_id] if each.outcome in FAILURES]
-        if (job.state == FAILED) != (len(failed) >= FEW):
-            yield f"{job.kind} {job_id} is {job.state} after {len(failed)} failures"
+        if (job.state == FAILED) != (job.failures >= FEW):
+            yield f"{job.kind} {job_id} is {job.state} after {job.failures} failures"
+        if (
+            not 0 <= len(failed) - job.failures <= 1
+        ):  # the first crash of a job that was claimed ahead
+            yield f"{job.kind} {job_id} failed {len(failed)} times and counts {job.failures}"
         crashed = [run_of(each) for each in failed if each.outcome == "crashed"]
         for run in crashed[ALONE_FROM:] if job.kind == "neighbour" else ():
             if (
@@ -207,7 +211,7 @@ def _crashes(books: Books) -> Iterator[str]:
                 yield f"neighbour {job_id} ran beside a job that killed their worker, once too often"
     kills = Counter(e.run[0] for e in books.poisoned if books.outcomes.get(e.run) != "released")
     for job_id, count in kills.items():
-        if count > FEW:
+        if count > FEW + 1:  # the first one counts no failure where the job was claimed ahead
             yield f"poison {job_id} has killed {count} workers"
 
 

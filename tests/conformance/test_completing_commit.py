@@ -1,5 +1,6 @@
 """The commit of a run carries its completion: together, in one round trip where the driver can, and for itself only."""
 
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -167,3 +168,27 @@ def test_where_every_statement_is_prepared_this_one_is_not(
         session.add(enqueue(Act(), max_attempts=1))
     assert Worker(app, drain=True, concurrency=1).run()
     assert found(postgresql) == ("succeeded", 0, 1)
+
+
+def test_the_first_commits_of_many_threads_complete_their_runs(
+    postgresql: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each round has an engine to which nobody listens yet, and as many first commits as threads."""
+    for _ in range(5):
+        app: JobApp[Any, Any] = JobApp(sessionmaker(postgresql.engine(pool_size=10)))
+        meeting = threading.Barrier(10)
+
+        @app.handler(Act)
+        def handler(session: Session, payload: Act, meeting: threading.Barrier = meeting) -> None:
+            session.add(Effect(note="done"))
+            session.flush()
+            meeting.wait(20)
+
+        with postgresql.sessions().begin() as session:
+            session.add_all(enqueue(Act(n)) for n in range(10))
+        assert Worker(app, drain=True, concurrency=10).run()
+    with postgresql.sessions()() as session:
+        ended = session.execute(select(Job.state, Job.attempt)).all()
+        assert ended == [("succeeded", 1)] * 50
+        assert len(session.scalars(select(Effect)).all()) == 50
+    assert "did not go along" not in caplog.text

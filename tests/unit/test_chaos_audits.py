@@ -35,7 +35,7 @@ class World:
     def job(
         self, kind: str, state: str = "succeeded", *, row: bool = True, **values: object
     ) -> Job:
-        values = {"attempt": 1, "unique_states": 0} | values
+        values = {"attempt": 1, "unique_states": 0, "failures": 0} | values
         job = Job(id=uuid.uuid4(), kind=kind, state=state, **values)
         self.transaction.jobs[job.id.hex] = kind
         if row:
@@ -96,7 +96,7 @@ def world() -> World:
     for at in range(PARTS):
         world.effect(parts, 2, at=3 + at, last=False)
     world.effect(parts, 2, at=9)
-    poison = world.job("poison", "failed", attempt=3)
+    poison = world.job("poison", "failed", attempt=3, failures=3)
     for attempt in (1, 2, 3):
         world.ended(poison, attempt, "crashed", at=attempt)
         world.event(poison, "began", attempt, pid=attempt)
@@ -124,7 +124,7 @@ def world() -> World:
 
 
 def _neighbour_killed(world: World) -> None:
-    job = world.job("neighbour", "failed", attempt=3)
+    job = world.job("neighbour", "failed", attempt=3, failures=3)
     for attempt in (1, 2, 3):
         world.event(job, "began", attempt, pid=attempt)
         world.ended(job, attempt, "crashed", at=attempt)
@@ -198,8 +198,8 @@ def _began_twice(world: World) -> None:
 
 
 def _killed_too_many(world: World) -> None:
-    job = world.job("poison", "failed", attempt=4)
-    for attempt in (1, 2, 3, 4):
+    job = world.job("poison", "failed", attempt=5, failures=4)
+    for attempt in (1, 2, 3, 4, 5):
         world.ended(job, attempt, "crashed", at=attempt)
         world.event(job, "poisoned", attempt)
 
@@ -242,7 +242,7 @@ FAULTS: dict[str, Callable[[World], object]] = {
     "was cancelled in attempt 1, and ran again": _cancelled_and_run,
     "is failed after 0 failures": lambda world: world.job("poison", "failed"),
     "once too often": _neighbour_killed,
-    "has killed 4 workers": _killed_too_many,
+    "has killed 5 workers": _killed_too_many,
     "crashed in attempt 1, and ran again": _repeated_once,
     "which had no end": _repeated_without_a_trace,
     "ran before .* had ended": _overlapping,
