@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
+import msgspec
 import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session, defer
@@ -280,6 +281,11 @@ def test_a_payload_that_cannot_be_read_fails_its_own_job_only(postgresql: Databa
     app.handler(Quick)(lambda session, payload: ran.append(payload.n))
     add(postgresql, *(Quick(n) for n in range(3)), max_attempts=1)
     nested = '{"n": 1, "deep": ' + "[" * 2000 + "]" * 2000 + "}"
+    try:
+        msgspec.json.decode(nested)
+        pytest.skip("this Python reads JSON that is nested as deep")
+    except RecursionError:
+        pass
     with postgresql.sessions().begin() as session:
         of_1 = select(Job.id).where(Job.payload["n"].as_integer() == 1)
         job_id = session.scalars(of_1).one()
