@@ -120,7 +120,7 @@ class Job(Base):
     failures: Mapped[int] = mapped_column(default=0)
     """Runs that raised or whose worker died. The job fails when it reaches ``max_attempts``."""
     crashes: Mapped[int] = mapped_column(default=0)
-    """How many of the failures were deaths of the worker."""
+    """How often its worker died; the first time may count no failure, where the job may not have begun."""
     max_attempts: Mapped[int] = mapped_column(SmallInteger, default=20)
     """How many failures are too many."""
     worker_id: Mapped[uuid.UUID | None] = mapped_column(columns.uuid_key(), default=None)
