@@ -1,4 +1,4 @@
-"""The rows: jobs, the runs that did not succeed, and workers.
+"""The rows: jobs, the runs that did not succeed, workers, and what holds at run time.
 
 They are plain mapped classes on a ``DeclarativeBase`` of their own: ``select(Job).where(...)`` is the
 query API. List ``sqlalchemy_jobs.metadata`` before your own in Alembic's ``target_metadata``, and
@@ -55,6 +55,8 @@ _INNODB = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
 """Other engines have no transactions, and the server's default may be one of them."""
 
 UNIQUE_KEY_LENGTH = 200
+LIMIT_KEY_LENGTH = 200
+SCHEDULE_LENGTH = 200
 
 DUPLICATE_OF = "_duplicate_of"
 """Where a job that was kept out has the other's id: in its ``__dict__``, for it is no column."""
@@ -89,6 +91,14 @@ class Job(Base):
             **_where("limit_key IS NOT NULL AND state IN ('ready', 'running')"),
         ),
         Index("sajobs_job_running", "worker_id", **_where("state = 'running'")),
+        # The oldest job of an ordered key that is not final.
+        Index(
+            "sajobs_job_ordered",
+            "limit_key",
+            "state",
+            "id",
+            **_where("limit_key IS NOT NULL AND state IN ('ready', 'running')"),
+        ),
         # Pruning, by the age that each kind is kept for.
         Index(
             "sajobs_job_final",
@@ -131,7 +141,7 @@ class Job(Base):
     """Its ``unique_key`` for as long as that keeps other jobs out, else NULL: at most one row has it."""
     unique_states: Mapped[int] = mapped_column(SmallInteger, default=0)
     """In which states it holds its slot: the sum of their ``JobState.bit``."""
-    limit_key: Mapped[str | None] = mapped_column(columns.name(200), default=None)
+    limit_key: Mapped[str | None] = mapped_column(columns.name(LIMIT_KEY_LENGTH), default=None)
     """The limit that the job counts against; NULL: none. Reserved: a job that has one is not claimed yet."""
     waits_for: Mapped[int] = mapped_column(SmallInteger, default=0)
     """How many unfinished jobs it waits for, while blocked. Reserved: not read yet."""
@@ -235,3 +245,108 @@ class WorkerRow(Base):
 
     def __repr__(self) -> str:
         return f"<WorkerRow {self.name} {self.state}>"
+
+
+class Queue(Base):
+    """What holds for a queue at run time, in every worker. A queue without a row has the defaults."""
+
+    __tablename__ = "sajobs_queue"
+    __table_args__ = _INNODB
+
+    name: Mapped[str] = mapped_column(columns.name(QUEUE_LENGTH), primary_key=True)
+    paused: Mapped[bool] = mapped_column(default=False)
+    """Whether none of its jobs is claimed."""
+    concurrency: Mapped[int | None] = mapped_column(default=None)
+    """How many of its jobs may run at once, in all workers together; NULL: as many as they have room for."""
+    rate: Mapped[str | None] = mapped_column(columns.name(40), default=None)
+    """How many of its jobs may begin in a time, such as ``100/minute``; NULL: as many as there are."""
+    strategy: Mapped[str] = mapped_column(columns.name(12), default="priority")
+    """``priority``: the better one first, and among equals by time. ``fifo``: by time alone."""
+    ageing: Mapped[float | None] = mapped_column(default=None)
+    """The seconds of waiting that make up for one step of priority; NULL: none do."""
+    updated_at: Mapped[datetime] = mapped_column(
+        columns.utc_datetime(), default=utcnow, onupdate=utcnow
+    )
+    """The last change (the client's clock)."""
+
+    def __repr__(self) -> str:
+        return f"<Queue {self.name}{' paused' if self.paused else ''}>"
+
+
+class Kind(Base):
+    """What holds for a kind of jobs at run time, in every worker. A kind without a row has the defaults."""
+
+    __tablename__ = "sajobs_kind"
+    __table_args__ = _INNODB
+
+    name: Mapped[str] = mapped_column(columns.name(KIND_LENGTH), primary_key=True)
+    paused: Mapped[bool] = mapped_column(default=False)
+    """Whether none of its jobs is claimed."""
+    updated_at: Mapped[datetime] = mapped_column(
+        columns.utc_datetime(), default=utcnow, onupdate=utcnow
+    )
+    """The last change (the client's clock)."""
+
+    def __repr__(self) -> str:
+        return f"<Kind {self.name}{' paused' if self.paused else ''}>"
+
+
+class LimitRow(Base):
+    """A key that jobs are limited by: locked by who claims them, and the memory of its rate."""
+
+    __tablename__ = "sajobs_limit"
+    __table_args__ = _INNODB
+
+    limit_key: Mapped[str] = mapped_column(columns.name(LIMIT_KEY_LENGTH), primary_key=True)
+    """``Job.limit_key`` of the jobs that share it."""
+    used: Mapped[Any | None] = mapped_column(columns.json(), default=None)
+    """What has begun of late, where there is a rate."""
+    next_at: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
+    """Until when the rate lets nothing begin (the server's clock)."""
+    used_at: Mapped[datetime] = mapped_column(columns.utc_datetime(), default=utcnow)
+    """The last claim (the server's clock): keys that are not used any more are pruned."""
+
+    def __repr__(self) -> str:
+        return f"<LimitRow {self.limit_key}>"
+
+
+class Schedule(Base):
+    """A rule that makes jobs: at each of its ticks one, by whichever worker is first."""
+
+    __tablename__ = "sajobs_schedule"
+    __table_args__ = (Index("sajobs_schedule_next", "next_tick"), _INNODB)
+
+    name: Mapped[str] = mapped_column(columns.name(SCHEDULE_LENGTH), primary_key=True)
+    cron: Mapped[str] = mapped_column(columns.name(200))
+    """When: five or six fields, ``@hourly`` and the like, or ``@every 90s``."""
+    timezone: Mapped[str] = mapped_column(columns.name(64), default="UTC")
+    """The zone whose clock ``cron`` is about."""
+    kind: Mapped[str] = mapped_column(columns.name(KIND_LENGTH))
+    """The kind of its jobs."""
+    payload: Mapped[Any | None] = mapped_column(columns.json(), default=None)
+    """What its jobs carry; NULL: the code that declares it makes one for each tick."""
+    options: Mapped[Any | None] = mapped_column(columns.json(), default=None)
+    """What else ``enqueue`` is given for its jobs."""
+    catch_up: Mapped[str] = mapped_column(columns.name(12), default="skip")
+    """What becomes of ticks that no worker was there for: ``skip``, ``once`` or ``all``."""
+    window: Mapped[float | None] = mapped_column("catch_up_window", default=None)
+    """How many seconds late a tick may be caught up; NULL: the default."""
+    run_on_start: Mapped[bool] = mapped_column(default=False)
+    """Whether there is a tick when the first worker starts."""
+    in_code: Mapped[bool] = mapped_column(default=False)
+    """Whether ``JobApp.schedule`` declares it: then only workers that do so make its jobs."""
+    paused: Mapped[bool] = mapped_column(default=False)
+    """Whether its ticks pass by without a job."""
+    error: Mapped[str | None] = mapped_column(columns.text(), default=None)
+    """Why it was paused by a worker: what is wrong with it."""
+    next_tick: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
+    """The tick that comes next; who moves it on has made its job. NULL: to be worked out."""
+    last_tick: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
+    """The latest tick that a job was made for."""
+    created_at: Mapped[datetime] = mapped_column(columns.utc_datetime(), default=utcnow)
+    """When it was added (the client's clock)."""
+    updated_at: Mapped[datetime] = mapped_column(columns.utc_datetime(), default=utcnow)
+    """The last change of the rule (the client's clock)."""
+
+    def __repr__(self) -> str:
+        return f"<Schedule {self.name} {self.cron!r}>"

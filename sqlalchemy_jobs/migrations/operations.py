@@ -40,6 +40,10 @@ class Steps:
         if self._there is None or name not in self._there:
             self._op.create_index(conv(name), table, columns, schema=self._schema, **options)
 
+    def drop_index(self, name: str, table: str) -> None:
+        if self._there is None or name in self._there:
+            self._op.drop_index(conv(name), table, schema=self._schema)
+
     def drop_table(self, name: str) -> None:
         if self._there is None or name in self._there:
             self._op.drop_table(name, schema=self._schema)

@@ -14,10 +14,10 @@ from functools import cache
 from sqlalchemy import Connection, StaticPool, create_engine, inspect
 
 from sqlalchemy_jobs.errors import MigrationError, TablesTooNew
-from sqlalchemy_jobs.migrations import v001
+from sqlalchemy_jobs.migrations import v001, v002
 from sqlalchemy_jobs.migrations.operations import Steps, operations
 
-VERSIONS = (v001,)
+VERSIONS = (v001, v002)
 LATEST = len(VERSIONS)
 
 PREFIX = "sajobs_"
