@@ -90,6 +90,40 @@ def test_looking_for_lanes_and_for_what_falls_due_next_goes_through_the_index(
             assert "Seq Scan on sajobs_job" not in said, said
 
 
+@pytest.mark.parametrize("plans", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("known", ["nothing", "an empty table", "a table in which all was done"])
+def test_a_burst_that_the_statistics_know_nothing_of_is_no_surprise(
+    postgresql: Database, known: str, plans: str
+) -> None:
+    """Claims and completions read what they take and little more, however wrong the statistics are."""
+    with Session(postgresql.engine()) as session:
+        session.execute(text("ALTER TABLE sajobs_job SET (autovacuum_enabled = false)"))
+        if known == "a table in which all was done":
+            _fill(session)
+            session.execute(update(Job).values(state="succeeded"))
+        if known != "nothing":
+            session.execute(text("ANALYZE sajobs_job"))
+        enqueue_many(session, [Note(str(n)) for n in range(20_000)])
+        session.execute(text(f"SET plan_cache_mode = {plans}"))
+        worker = leases.register(session, timedelta(minutes=5))
+        session.commit()
+        lanes = dialects.of(session).lanes(session, ())
+        wanted = Wanted(worker, ["note"], lanes, {"default": 100}, 100)
+        for _ in range(12):  # so often that a plan that is made once would be kept
+            before = session.execute(_READ).one()
+            claims = transitions.claim(session, wanted)
+            assert len(transitions.complete_many(session, claims)) == 100
+            read = session.execute(_READ).one()
+            wanted = replace(wanted, marks={("default", 0): (claims[-1].run_at, claims[-1].job_id)})
+            assert read.seq_scan == before.seq_scan
+            assert read.idx_tup_fetch - before.idx_tup_fetch < 1000
+
+
+_READ = text(
+    "SELECT seq_scan, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'sajobs_job'"
+)
+
+
 def _fill(session: Session) -> None:
     """Due jobs, jobs for later at a better priority, and jobs that have ended.
 
