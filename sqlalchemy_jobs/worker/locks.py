@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import TypeVar
 
 from sqlalchemy import Connection, select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs.dialects.base import SessionLocks
@@ -75,8 +76,7 @@ class SessionLock:
         except Exception as error:
             if is_lost(error):
                 raise
-            if not self._control.dialect.is_conflict(error):
-                self._give_up(brief(error))
+            self._consider(error)
             return None
         self._held = held
         return answer
@@ -98,10 +98,7 @@ class SessionLock:
                 lambda connection: self._take_in(connection, worker_id)
             )
         except Exception as error:
-            if is_lost(error):
-                log.debug("no connection for the lock beside the lease: %s", brief(error))
-            else:
-                self._give_up(brief(error))
+            self._consider(error)
             return None
 
     def _take_in(self, connection: Connection, worker_id: uuid.UUID) -> datetime | None:
@@ -118,6 +115,13 @@ class SessionLock:
     def _is_own_session(self, connection: Connection) -> bool:
         driver = connection.connection.driver_connection
         return connection.scalar(select(self._locks.session)) == self._locks.session_of(driver)
+
+    def _consider(self, error: Exception) -> None:
+        """Give up what is refused for good; what went wrong for once (a timeout, a deadlock) may go right next time."""
+        if isinstance(error, OperationalError) or is_lost(error):
+            log.debug("the lock beside the lease is not to be had now: %s", brief(error))
+        else:
+            self._give_up(brief(error))
 
     def _give_up(self, why: str) -> None:
         self._to_be_had = False

@@ -173,6 +173,19 @@ def test_a_new_id_takes_a_lock_of_its_own_and_frees_the_old_one(two: Two) -> Non
     until(lambda: two.see().is_unlocked)
 
 
+def test_a_statement_that_takes_too_long_costs_the_lock_for_once_only(two: Two) -> None:
+    """A server's or a role's statement_timeout, while someone holds the worker's row."""
+    limit, slow = (
+        ("SET statement_timeout = 10", "SELECT pg_sleep(60)")
+        if two.control.dialect.label == "PostgreSQL"
+        else ("SET max_statement_time = 0.01", "SELECT SLEEP(60)")
+    )
+    two.lock._control.on_kept_connection(lambda connection: connection.execute(text(limit)))
+    assert two.lock.ask(lambda session: session.scalar(text(slow))) is None
+    assert two.lock.held_since(two.other) is None
+    assert two.lock.hold(two.other) is not None
+
+
 def test_a_lock_that_a_session_of_before_still_has_is_not_claimed_to_be_held(
     two: Two, row_locks: Database
 ) -> None:
