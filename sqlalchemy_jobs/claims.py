@@ -40,6 +40,8 @@ class Wanted:
     """How many jobs of each queue; the order of the queues decides when ``total`` is less."""
     total: int
     """How many jobs in all."""
+    pools: Mapping[str, str] = field(default_factory=dict)
+    """Which queues share their room, by the name of their pool; a queue that has none here has room of its own."""
     marks: Mapping[Lane, Mark] = field(default_factory=dict)
     """Where to begin to look in a lane: what is due before was claimed, and its remains need not be read again."""
     suspects: bool = False
@@ -54,6 +56,20 @@ class Wanted:
     passed over to which an open transaction refers, and otherwise waited for."""
     durable: bool = False
     """Whether the claim must survive a crash of the server: it is what a later run is warned by."""
+
+    def pool(self, queue: str) -> str:
+        """Return whose room a queue has."""
+        return self.pools.get(queue, queue)
+
+    def rooms(self) -> dict[str, int]:
+        """Return how many jobs of each pool."""
+        return {self.pool(queue): room for queue, room in self.room.items()}
+
+    def in_turn(self) -> list[Lane]:
+        """Return the lanes with room, in the order of the queues in ``room``."""
+        turns = {queue: turn for turn, queue in enumerate(self.room)}
+        with_room = [lane for lane in self.lanes if lane[0] in turns]
+        return sorted(with_room, key=lambda lane: (turns[lane[0]], lane[1]))
 
 
 class Claim(NamedTuple):

@@ -227,7 +227,7 @@ class WorkerRow(Base):
     state: Mapped[str] = mapped_column(columns.name(12), default=WorkerState.ALIVE)
     """One of ``WorkerState``. Set to dead by whoever rescues its jobs; never alive again."""
     queues: Mapped[list[str] | None] = mapped_column(columns.json(), default=None)
-    """The queues that it serves; NULL: all."""
+    """The queues that it serves: names, beginnings such as ``mail.*``, and with ``!`` what it does not; NULL: all."""
     kinds: Mapped[list[str] | None] = mapped_column(columns.json(), default=None)
     """The kinds that it has handlers for."""
     started_at: Mapped[datetime] = mapped_column(columns.utc_datetime(), default=utcnow)

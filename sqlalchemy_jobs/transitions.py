@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import bell, dialects
+from sqlalchemy_jobs import bell, dialects, patterns
 from sqlalchemy_jobs.backoff import quartic
 from sqlalchemy_jobs.claims import Claim, Lane, Wanted
 from sqlalchemy_jobs.columns import microseconds, server_now
@@ -334,8 +334,8 @@ def orphaning_workers(session: Session) -> Sequence[uuid.UUID]:
     )
 
 
-def any_unfinished(session: Session, kinds: Sequence[str], queues: Sequence[str]) -> bool:
-    """Tell whether a job of these kinds and queues (none given: any) is due, or running anywhere.
+def any_unfinished(session: Session, kinds: Sequence[str], queues: Collection[str]) -> bool:
+    """Tell whether a job of these kinds and queues (patterns; none given: any) is due, or running anywhere.
 
     One statement: between two looks a job could pass from the one state to the other.
     """
@@ -343,7 +343,7 @@ def any_unfinished(session: Session, kinds: Sequence[str], queues: Sequence[str]
         or_(IS_RUNNING, and_(IS_READY, jobs.c.run_at <= server_now())), jobs.c.kind.in_(kinds)
     )
     if queues:
-        unfinished = unfinished.where(jobs.c.queue.in_(queues))
+        unfinished = unfinished.where(patterns.fitting(queues, jobs.c.queue))
     return bool(session.scalar(select(unfinished), bind_arguments=TO_JOB))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Iterable
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import click
@@ -14,14 +16,28 @@ from sqlalchemy_jobs.cli.loading import load_app
 from sqlalchemy_jobs.errors import ConfigurationError
 
 
-def queue(value: str) -> tuple[str, int | None]:
-    """Read ``NAME`` or ``NAME=N``."""
-    name, equals, most = value.partition("=")
-    if not equals:
-        return name, None
-    if not most.isdecimal() or int(most) < 1:
-        raise click.BadParameter(f"{value}: wanted NAME=N with N 1 or more, for example mail=2")
-    return name, int(most)
+def pools(value: str) -> list[tuple[str, int | None]]:
+    """Read ``QUEUES`` or ``QUEUES=N``, or several of them with ``;`` between."""
+    found: list[tuple[str, int | None]] = []
+    for each in value.split(";"):
+        queues, equals, most = each.partition("=")
+        if equals and (not most.isdecimal() or int(most) < 1):
+            raise click.BadParameter(f"{each}: wanted NAME=N with N 1 or more, for example mail=2")
+        found.append((queues, int(most) if equals else None))
+    return found
+
+
+def _once(given: Iterable[tuple[str, int | None]]) -> dict[str, int | None]:
+    """Return the pools with the concurrency of each.
+
+    Raises: ConfigurationError when one is given twice.
+    """
+    pools: dict[str, int | None] = {}
+    for queues, most in given:
+        if queues in pools:
+            raise ConfigurationError(f"--queue: {queues!r} is named twice")
+        pools[queues] = most
+    return pools
 
 
 def days(value: str) -> timedelta | None:
@@ -82,18 +98,18 @@ def seconds(minimum: float, *, open_: bool = False) -> dict[str, Any]:
     "--queue",
     "queues",
     multiple=True,
-    type=queue,
+    type=pools,
     envvar="SAJOBS_QUEUE",
-    metavar="NAME[=N]",
-    help="A queue to serve, with at most N runs of its own at once. May be repeated; without it all "
-    "queues are served.",
+    metavar="QUEUES[=N]",
+    help="A queue to serve, or several with commas between, with at most N runs at once; * stands for the rest of a "
+    "name. May be repeated, also as 'mail=2;default,bulk=8'; without it all queues are served.",
 )
 @click.option(
     "--concurrency",
     type=click.IntRange(min=1),
     envvar="SAJOBS_CONCURRENCY",
     metavar="N",
-    help="How many runs at once in each process. Default: the sum of the queues' N when each has one, else 10; 1 on SQLite.",
+    help="How many runs at once in each process. Default: the sum of the pools' N when each has one, else 10; 1 on SQLite.",
 )
 @click.option(
     "--processes",
@@ -103,7 +119,7 @@ def seconds(minimum: float, *, open_: bool = False) -> dict[str, Any]:
     envvar="SAJOBS_PROCESSES",
     metavar="N",
     help="How many processes, which are started again when they die. Each has all of the --concurrency and of the "
-    "queues' N, and connections of its own.",
+    "pools' N, and connections of its own.",
 )
 @click.option(
     "--poll-interval",
@@ -174,7 +190,7 @@ def worker(
     context: click.Context,
     name: str,
     modules: tuple[str, ...],
-    queues: tuple[tuple[str, int | None], ...],
+    queues: tuple[list[tuple[str, int | None]], ...],
     concurrency: int | None,
     processes: int,
     poll_interval: timedelta,
@@ -210,7 +226,7 @@ def worker(
     try:
         made = Worker(
             load_app(name, modules),
-            queues=dict(queues),
+            queues=_once(chain.from_iterable(queues)),
             concurrency=concurrency,
             poll_interval=poll_interval,
             listen=listen,

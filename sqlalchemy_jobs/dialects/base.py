@@ -200,9 +200,10 @@ class Dialect(ABC):
         if not self.lock_live_worker(session, wanted.worker_id):
             return []
         rows: list[Any] = []
-        room = dict(wanted.room)
-        for queue, priority in _in_order(wanted):
-            limit = min(room[queue], wanted.total - len(rows))
+        rooms = wanted.rooms()
+        for queue, priority in wanted.in_turn():
+            pool = wanted.pool(queue)
+            limit = min(rooms[pool], wanted.total - len(rows))
             if limit > 0:
                 lane = {"of_queue": queue, "of_priority": priority, "most": limit}
                 due = self._due_suspect if wanted.suspects else self._due
@@ -212,7 +213,7 @@ class Dialect(ABC):
                 lane["crashed"] = 1 if wanted.ahead else ALONE_FROM
                 found = session.execute(due, lane | kinds, bind_arguments=TO_JOB).all()
                 rows += found
-                room[queue] -= len(found)
+                rooms[pool] -= len(found)
         if not rows:
             return []
         ids = sorted(row.id for row in rows)
@@ -399,15 +400,6 @@ class Dialect(ABC):
                 f"the server is {self.label} {_dotted(found)}: {self.why_oldest} "
                 f"{self.label} {_dotted(self.oldest)} or newer"
             )
-
-
-def _in_order(wanted: Wanted) -> list[Lane]:
-    """Return the lanes with room, in the order of the queues in ``room``."""
-    order = {queue: number for number, queue in enumerate(wanted.room)}
-    return sorted(
-        (lane for lane in wanted.lanes if lane[0] in order),
-        key=lambda lane: (order[lane[0]], lane[1]),
-    )
 
 
 def claim_of(row: Any, attempt: int, worker_id: uuid.UUID) -> Claim:

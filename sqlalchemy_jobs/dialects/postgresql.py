@@ -93,8 +93,8 @@ FROM lane
 # set_config(..., true) ends with the transaction and does not leak through a pooler. now(), not
 # clock_timestamp(): only a stable function can be a bound of the scan.
 _CLAIM = """
-WITH wanted (queue, room) AS MATERIALIZED (
-  SELECT * FROM unnest(CAST(:queues AS varchar[]), CAST(:rooms AS int[]))
+WITH wanted (pool, room) AS MATERIALIZED (
+  SELECT * FROM unnest(CAST(:pools AS varchar[]), CAST(:rooms AS int[]))
 )
 UPDATE {jobs}
 SET state = 'running', attempt = attempt + 1, worker_id = :worker_id,
@@ -108,9 +108,9 @@ WHERE id = ANY (ARRAY(
   CROSS JOIN wanted
   CROSS JOIN LATERAL (
     SELECT due.id
-    FROM unnest(CAST(:lane_queues AS varchar[]), CAST(:lane_priorities AS smallint[]),
-        CAST(:mark_run_ats AS timestamptz[]), CAST(:mark_ids AS uuid[]))
-      AS lane (queue, priority, run_at, id)
+    FROM unnest(CAST(:lane_pools AS varchar[]), CAST(:lane_queues AS varchar[]),
+        CAST(:lane_priorities AS smallint[]), CAST(:mark_run_ats AS timestamptz[]), CAST(:mark_ids AS uuid[]))
+      AS lane (pool, queue, priority, run_at, id)
     CROSS JOIN LATERAL (
       SELECT job.id FROM {jobs} job
       WHERE job.state = 'ready' AND job.limit_key IS NULL
@@ -121,7 +121,7 @@ WHERE id = ANY (ARRAY(
         AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
         {and_keys_are_free}
       ORDER BY job.run_at, job.id LIMIT wanted.room FOR NO KEY UPDATE SKIP LOCKED) due
-    WHERE lane.queue = wanted.queue LIMIT wanted.room) taken
+    WHERE lane.pool = wanted.pool LIMIT wanted.room) taken
   LIMIT :total))
 RETURNING id, attempt, kind, queue, CAST(payload AS text) AS payload, failures, max_attempts, headers, crashes, priority, run_at
 """
@@ -217,8 +217,9 @@ def _claim(schema: str | None, free_slots: bool) -> TextualSelect:
     return (
         text(_in_schema(claim, schema))
         .bindparams(
-            bindparam("queues", type_=ARRAY(String)),
+            bindparam("pools", type_=ARRAY(String)),
             bindparam("rooms", type_=ARRAY(Integer)),
+            bindparam("lane_pools", type_=ARRAY(String)),
             bindparam("lane_queues", type_=ARRAY(String)),
             bindparam("lane_priorities", type_=ARRAY(SmallInteger)),
             bindparam("mark_run_ats", type_=ARRAY(utc_datetime())),
@@ -285,14 +286,16 @@ class PostgreSQL(Dialect):
         )
 
     def claim(self, session: Session, wanted: Wanted) -> list[Claim]:
-        marks = [wanted.marks.get(lane, (None, None)) for lane in wanted.lanes]
+        rooms, lanes = wanted.rooms(), wanted.in_turn()
+        marks = [wanted.marks.get(lane, (None, None)) for lane in lanes]
         rows = session.execute(
             _claim(_schema(session), wanted.free_slots),
             {
-                "queues": list(wanted.room),
-                "rooms": list(wanted.room.values()),
-                "lane_queues": [queue for queue, _ in wanted.lanes],
-                "lane_priorities": [priority for _, priority in wanted.lanes],
+                "pools": list(rooms),
+                "rooms": list(rooms.values()),
+                "lane_pools": [wanted.pool(queue) for queue, _ in lanes],
+                "lane_queues": [queue for queue, _ in lanes],
+                "lane_priorities": [priority for _, priority in lanes],
                 "mark_run_ats": [run_at for run_at, _ in marks],
                 "mark_ids": [job_id for _, job_id in marks],
                 "kinds": list(wanted.kinds),

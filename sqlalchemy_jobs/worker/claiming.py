@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import time
 import uuid
 from collections import Counter
@@ -24,6 +23,7 @@ from sqlalchemy_jobs.worker.clearing import Clearing
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.leases import Lease
 from sqlalchemy_jobs.worker.loops import SHORTEST_PAUSE
+from sqlalchemy_jobs.worker.pools import Pools
 from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.slots import Slots, may_share
 from sqlalchemy_jobs.worker.wakeup import Wakeup
@@ -62,17 +62,17 @@ free slots, which alone take jobs that must not wait here: no handler is that sl
 
 
 class Speed:
-    """How many handlers end in a second, by queue, and so how many jobs may wait for a slot."""
+    """How many handlers end in a second, by pool, and so how many jobs may wait for a slot."""
 
-    def __init__(self, slots: Slots, limits: Mapping[str, int | None]) -> None:
+    def __init__(self, slots: Slots, pools: Pools) -> None:
         self._slots = slots
-        self._limits = limits
+        self._pools = pools
         self._measured_at = time.monotonic()
         self._ended: Mapping[str, int] = {}
         self._ahead: dict[str, int] = {}
 
     def ahead(self) -> dict[str, int]:
-        """Return how many jobs of each queue are worth ``AHEAD`` seconds.
+        """Return how many jobs of each pool are worth ``AHEAD`` seconds.
 
         None where a slot takes longer than that for one: another worker may be quicker.
         """
@@ -82,16 +82,16 @@ class Speed:
         runs = sum(ended.values()) - sum(self._ended.values())
         if took > 0 and (runs >= ROUNDS * self._slots.total or took >= LONGEST_AHEAD):
             worth = {
-                queue: int((count - self._ended.get(queue, 0)) / took * AHEAD)
-                for queue, count in ended.items()
+                pool: int((count - self._ended.get(pool, 0)) / took * AHEAD)
+                for pool, count in ended.items()
             }
             self._measured_at, self._ended = now, ended
             total = sum(worth.values())
             share = min(1.0, MOST_AHEAD / max(total, 1))
             self._ahead = {
-                queue: int(count * share)
-                for queue, count in worth.items()
-                if total > self._slots.total and count > (self._limits.get(queue) or 0)
+                pool: int(count * share)
+                for pool, count in worth.items()
+                if total > self._slots.total and count > (self._pools.concurrency[pool] or 0)
             }
         return self._ahead
 
@@ -137,7 +137,8 @@ class Claimer:
         self._marks: dict[Lane, Mark] = {}
         self._sweep_at = 0.0
         self._next_due = math.inf
-        self._speed = Speed(slots, settings.limits)
+        self._pools = settings.pools
+        self._speed = Speed(slots, self._pools)
         self._ahead_until = 0.0
         self._was_ahead = False
         self._reconciled_at = -math.inf
@@ -159,7 +160,7 @@ class Claimer:
         self._give_back(self._slots.withdraw(LONGEST_AHEAD))
         self._slots.wake_at = math.inf  # before looking: what is given up meanwhile wakes this loop
         ahead = self._speed.ahead() if time.monotonic() < self._ahead_until else {}
-        free, _ = self._slots.room((), ahead)
+        free, _ = self._slots.room(ahead)
         enough = sum(ahead.values()) // 2
         if free <= enough:
             if ahead:
@@ -236,11 +237,11 @@ class Claimer:
         self, session: Session, worker_id: uuid.UUID, ahead: Mapping[str, int]
     ) -> tuple[list[Claim], int]:
         lanes = self._find_lanes(session)
-        queues = list({queue for queue, _ in lanes})
-        random.shuffle(queues)  # where the room is less than the sum, no queue is always last
-        free, room = self._slots.room(queues, ahead)
-        asked = min(free, sum(room.values()))
-        if len(room) == len(queues):  # no slot that is given up would let it claim more
+        queues = {queue for queue, _ in lanes}
+        free, rooms = self._slots.room(ahead)
+        pools = self._pools.in_turn(queues, rooms)
+        asked = min(free, sum(rooms[pool] for pool in set(pools.values())))
+        if len(pools) == len(queues):  # no slot that is given up would let it claim more
             self._slots.wake_at = -1
         if asked <= 0:
             return [], 0
@@ -248,8 +249,9 @@ class Claimer:
             worker_id,
             self._may_wait if ahead else list(self._handlers),
             lanes,
-            room,
+            {queue: rooms[pool] for queue, pool in pools.items()},
             asked,
+            pools,
             never_alone=self._not_repeated,
             free_slots=self._free_slots,
             marks=self._marks,
@@ -312,7 +314,8 @@ class Claimer:
         return self._idle_polls == 0 or self._control.statements(self._look)
 
     def _look(self, session: Session) -> bool:
-        found = dialects.of(session).lanes(session, list(self._settings.limits))
+        found = dialects.of(session).lanes(session, self._pools.names)
+        found = {lane: due for lane, due in found.items() if self._pools.serves(lane[0])}
         now = time.monotonic()
         self._lanes, self._marks, self._sweep_at = found.keys(), {}, now + SWEEP
         later = [due.next for due in found.values() if due.next is not None]
@@ -336,9 +339,9 @@ class Claimer:
 
     def _is_drained(self) -> bool:
         """Tell whether nothing of ours is due, or running anywhere: what a dead worker ran comes back."""
-        kinds, queues = list(self._handlers), list(self._settings.limits)
+        kinds, patterns = list(self._handlers), self._pools.patterns
         return not self._control.transaction(
-            lambda session: transitions.any_unfinished(session, kinds, queues)
+            lambda session: transitions.any_unfinished(session, kinds, patterns)
         )
 
     def _reconcile(self, worker_id: uuid.UUID) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import selectors
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 
 from sqlalchemy import Connection, select
@@ -33,14 +33,14 @@ class Listener:
         control: Control,
         ear: type[Ear],
         locks: SessionLocks,
-        queues: Collection[str],
+        serves: Callable[[str], bool],
         wakeup: Wakeup,
         rung: Callable[[], None],
     ) -> None:
         self._control = control
         self._make_ear = ear
         self._locks = locks
-        self._queues = queues
+        self._serves = serves
         self._wakeup = wakeup
         self._rung = rung
         self._ear: Ear | None = None
@@ -106,5 +106,5 @@ class Listener:
             self._nudges.send(b"x")
 
     def _on_ring(self, queue: str) -> None:
-        if not queue or not self._queues or queue in self._queues:
+        if not queue or self._serves(queue):
             self._rung()

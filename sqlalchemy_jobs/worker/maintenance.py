@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import dialects, retention, transitions
+from sqlalchemy_jobs import dialects, patterns, retention, transitions
 from sqlalchemy_jobs.app import Handler
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.states import JobState, WorkerState
@@ -260,7 +260,7 @@ def find_unserved(session: Session) -> set[tuple[str, str | None]]:
     ).all()
     found: set[tuple[str, str | None]] = set()
     for queue, priority in dialects.of(session).lanes(session, ()):
-        serving = [row for row in alive if row.queues is None or queue in row.queues]
+        serving = [row for row in alive if patterns.serves(row.queues, queue)]
         due = (
             select(jobs.c.kind)
             .where(

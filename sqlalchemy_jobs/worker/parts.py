@@ -75,7 +75,7 @@ class Parts:
             self._handlers.values(), *engines, self._total, self._control.dialect
         )
         batched = {kind: each for kind, each in self._handlers.items() if each.batch}
-        self.slots = Slots(self._total, settings.limits, self._on_change, batched)
+        self.slots = Slots(self._total, settings.pools, self._on_change, batched)
         self._settler = Settler(
             self._control, self.slots.disown, lambda: self.slots.waiting > self._total
         )
@@ -102,14 +102,14 @@ class Parts:
                     Control(to_server, self.availability),
                     ear,
                     locks,
-                    settings.limits,
+                    settings.pools.serves,
                     self._wakeup,
                     lambda: self._claiming.wake(),
                 )
         self._lease = Lease(
             self._lease_control,
             settings.lease,
-            list(settings.limits),
+            settings.pools.patterns,
             self._handlers,
             lambda: self._claiming.wake(),
             self._on_lost,
@@ -182,7 +182,7 @@ class Parts:
             "worker %s on %s serves %s, %d at once, with a lease of %g s",
             own_name(),
             self._control.dialect.label,
-            ", ".join(self._settings.limits) or "all queues",
+            self._settings.pools,
             self._total,
             self._settings.lease.total_seconds(),
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import TypedDict, cast
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from sqlalchemy_jobs.errors import ConfigurationError
-from sqlalchemy_jobs.payloads import check_options
+from sqlalchemy_jobs.worker.pools import Pools, is_count
 
 
 class Options(TypedDict, total=False):
@@ -37,9 +38,11 @@ class Settings:
     """
 
     queues: Sequence[str] | Mapping[str, int | None] = ()
-    """Which queues to serve; empty: all. A mapping gives some queues a concurrency of their own."""
+    """Which queues to serve; empty: all. Each item is a pool: a queue, or several that share a concurrency, as
+    ``"mail"``, ``"default,bulk.*"``, ``"critical>default"`` or ``"*,!bulk"``. A mapping says how many runs each
+    may have at once; None: as many as there are."""
     concurrency: int | None = None
-    """How many runs at once, in this process. None: the sum of the queues' own when each has one,
+    """How many runs at once, in this process. None: the sum of the pools' own when each has one,
     else 10, on SQLite 1 (it has one write lock)."""
     poll_interval: timedelta = timedelta(seconds=1)
     """How long an idle worker waits at most before it looks again, where it is not told of new jobs."""
@@ -67,13 +70,12 @@ class Settings:
     database of the same server. None: as the engine does."""
 
     def __post_init__(self) -> None:
-        for queue, most in self.limits.items():
-            check_options(queue=queue, error=ConfigurationError)
-            if most is not None and not _is_count(most):
-                raise ConfigurationError(
-                    f"queue {queue}={most!r}: wanted a concurrency of 1 or more"
-                )
-        if self.concurrency is not None and not _is_count(self.concurrency):
+        if isinstance(self.queues, str):
+            raise ConfigurationError(
+                f"queues={self.queues!r} is one string: write [{self.queues!r}]"
+            )
+        _ = self.pools  # refuses what is wrong with it
+        if self.concurrency is not None and not is_count(self.concurrency):
             raise ConfigurationError(f"concurrency={self.concurrency!r}: wanted 1 or more")
         if self.listen_url is not None:
             _check_url(self.listen_url)
@@ -83,23 +85,18 @@ class Settings:
             if (value := getattr(self, name)) is not None:
                 _check_duration(name, value, "zero or more", timedelta(0))
 
-    @property
-    def limits(self) -> dict[str, int | None]:
-        """The queues with their own concurrency; empty: all queues, none limited."""
-        if isinstance(self.queues, Mapping):
-            return dict(self.queues)
-        if isinstance(self.queues, str):
-            raise ConfigurationError(
-                f"queues={self.queues!r} is one string: write [{self.queues!r}]"
-            )
-        return dict.fromkeys(self.queues)
+    @cached_property
+    def pools(self) -> Pools:
+        """The queues to serve."""
+        given = self.queues
+        return Pools(given if isinstance(given, Mapping) else dict.fromkeys(given))
 
     def total(self, default: int) -> int:
         """Return how many runs at once, given the database's default."""
         if self.concurrency is not None:
             return self.concurrency
-        own = [most for most in self.limits.values() if most is not None]
-        return sum(own) if own and len(own) == len(self.limits) else default
+        own = [most for most in self.pools.concurrency.values() if most is not None]
+        return sum(own) if len(own) == len(self.pools.concurrency) else default
 
 
 def _check_url(url: object) -> None:
@@ -110,10 +107,6 @@ def _check_url(url: object) -> None:
         raise ConfigurationError(
             f"listen_url: {type(error).__name__}: wanted an SQLAlchemy URL"
         ) from None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_duration(

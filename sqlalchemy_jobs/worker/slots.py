@@ -7,13 +7,15 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy_jobs.app import Handler
 from sqlalchemy_jobs.claims import ALONE_FROM, Claim
 from sqlalchemy_jobs.runs import Batch, Run
+from sqlalchemy_jobs.worker.pools import Place, Pools
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 RunKey = tuple[uuid.UUID, int, uuid.UUID]
@@ -45,13 +47,13 @@ class Slots:
     def __init__(
         self,
         total: int,
-        limits: Mapping[str, int | None],
+        pools: Pools,
         changed: Callable[[], None],
         batched: Mapping[str, Handler] = NONE,
     ) -> None:
         self.total = total
         self._most_hung = most_hung(total)
-        self._limits = limits
+        self._pools = pools
         self._changed = changed
         self._batched = batched
         """The batch handlers by kind: their runs get a slot together."""
@@ -66,7 +68,8 @@ class Slots:
         """By queue, with the time of the claim: the longest waiting first."""
         self._waiting_count = 0
         self._hung: set[RunKey] = set()
-        self._by_queue: Counter[str] = Counter()
+        self._by_pool: Counter[str] = Counter()
+        """How many are running."""
         self._ended: Counter[str] = Counter()
 
     # --- the life of a run --------------------------------------------------------------------------
@@ -86,27 +89,42 @@ class Slots:
                     self._waiting_count += 1
 
     def next(self) -> Run | None:
-        """Give a slot to the run that waits longest of those whose queue has room; to a batch if its kind has them."""
+        """Give a slot to the run whose turn it is; to a batch if its kind has them."""
         if not self._waiting_count:
             return None
         with self._lock:
             if len(self._running) + self.lost >= self.total:
                 return None
-            first = None
-            for queue, waiting in self._waiting.items():
-                limit = self._limits.get(queue)
-                has_room = limit is None or self._by_queue[queue] < limit
-                if waiting and has_room and (first is None or waiting[0][0] < first[0][0]):
-                    first = waiting
-            if first is None:
+            if (first := self._first_in_turn()) is None:
                 return None
             _, run = first.popleft()
             self._waiting_count -= 1
             if handler := self._batched.get(run.kind):
                 run = self._batch(run, handler, first)
             self._running[key_of(run)] = run
-            self._by_queue[run.queue] += 1
+            self._by_pool[self._place(run.queue).pool] += 1
             return run
+
+    def _place(self, queue: str) -> Place:
+        place = self._pools.place(queue)
+        assert place is not None  # nothing else is claimed
+        return place
+
+    def _first_in_turn(self) -> deque[tuple[float, Run]] | None:
+        """Return the queue whose first run has waited longest, of the best level of each pool with room."""
+        firsts: dict[str, tuple[int, float, deque[tuple[float, Run]]]] = {}
+        for queue, waiting in self._waiting.items():
+            if waiting:
+                pool, level, _ = self._place(queue)
+                turn = (level, waiting[0][0], waiting)
+                if pool not in firsts or turn[:2] < firsts[pool][:2]:
+                    firsts[pool] = turn
+        with_room = [
+            turn
+            for pool, turn in firsts.items()
+            if (most := self._pools.concurrency[pool]) is None or self._by_pool[pool] < most
+        ]
+        return min(with_room, key=itemgetter(1))[2] if with_room else None
 
     def _batch(self, first: Run, handler: Handler, waiting: deque[tuple[float, Run]]) -> Batch:
         """Return it with those of its kind that wait in the same queue: what is there, as long as there is room."""
@@ -138,7 +156,7 @@ class Slots:
         with self._lock:
             self._hung.discard(key_of(run))
             freed = self._free(run)
-            self._ended[run.queue] += 1
+            self._ended[self._place(run.queue).pool] += 1
         self._tell()
         return freed
 
@@ -153,7 +171,7 @@ class Slots:
 
     def _free(self, run: Run) -> bool:
         freed = self._running.pop(key_of(run), None) is not None
-        self._by_queue[run.queue] -= freed
+        self._by_pool[self._place(run.queue).pool] -= freed
         return freed
 
     def disown(self, runs: Iterable[Run]) -> None:
@@ -207,14 +225,12 @@ class Slots:
             return not self._owned and not self._running
 
     def ended_counts(self) -> dict[str, int]:
-        """Return how many handlers have ended so far, by queue."""
+        """Return how many handlers have ended so far, by pool."""
         with self._lock:
             return dict(self._ended)
 
-    def room(
-        self, queues: Sequence[str], ahead: Mapping[str, int] = NONE
-    ) -> tuple[int, dict[str, int]]:
-        """Return the room in all, and that of each queue that has any: ``ahead`` says how many may wait."""
+    def room(self, ahead: Mapping[str, int] = NONE) -> tuple[int, dict[str, int]]:
+        """Return the room in all, and that of each pool that has any: ``ahead`` says how many may wait."""
         with self._lock:
             if any(run.claim.crashes >= ALONE_FROM for run in self._running.values()):
                 return 0, {}
@@ -223,12 +239,13 @@ class Slots:
             free = self.total - self.lost - len(self._running) - self._waiting_count
             free += sum(ahead.values())
             rooms = {}
-            for queue in queues:
-                limit = self._limits.get(queue)
+            taken = self._by_pool.copy()
+            for queue, waiting in self._waiting.items():
+                taken[self._place(queue).pool] += len(waiting)
+            for pool, most in self._pools.concurrency.items():
                 room = free
-                if limit is not None:
-                    taken = self._by_queue[queue] + len(self._waiting.get(queue, ()))
-                    room = min(free, limit + ahead.get(queue, 0) - taken)
+                if most is not None:
+                    room = min(free, most + ahead.get(pool, 0) - taken[pool])
                 if room > 0:
-                    rooms[queue] = room
+                    rooms[pool] = room
             return free, rooms

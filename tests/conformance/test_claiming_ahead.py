@@ -18,6 +18,7 @@ from sqlalchemy_jobs import Attempt, Job, JobApp, JobState, Worker, enqueue_many
 from sqlalchemy_jobs.claims import Claim, Wanted
 from sqlalchemy_jobs.worker import claiming
 from sqlalchemy_jobs.worker.claiming import Claimer
+from sqlalchemy_jobs.worker.pools import Pools
 from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.slots import Slots
 from sqlalchemy_jobs.worker.wakeup import Wakeup
@@ -56,7 +57,7 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Wanted, list[Claim]]]:
 @pytest.fixture
 def always_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have workers believe that every handler is quick."""
-    monkeypatch.setattr(claiming.Speed, "ahead", lambda self: {"default": 40})
+    monkeypatch.setattr(claiming.Speed, "ahead", lambda self: {"*": 40})
 
 
 def states(database: Database) -> Counter[str]:
@@ -354,7 +355,7 @@ def test_a_slow_look_does_not_hide_a_new_lane_for_long(sqlite: Database) -> None
     claimer = Claimer(
         bench.control,
         cast(Any, None),
-        Slots(1, {}, lambda: None),
+        Slots(1, Pools({}), lambda: None),
         {},
         settings,
         Wakeup(1.0, lambda: None),

@@ -35,6 +35,7 @@ from sqlalchemy_jobs.backoff import ByError
 from sqlalchemy_jobs.claims import Claim
 from sqlalchemy_jobs.worker import slots, timeouts
 from sqlalchemy_jobs.worker.handling import ThreadHandling
+from sqlalchemy_jobs.worker.pools import Pools
 from tests.databases import Database
 from tests.domain import Effect
 
@@ -604,25 +605,25 @@ def test_too_many_hanging_threads_take_slots_away_until_they_come_back(
 def test_half_as_many_runs_as_there_are_slots_may_hang_for_nothing(
     total: int, allowed: int
 ) -> None:
-    held = slots.Slots(total, {}, lambda: None)
+    held = slots.Slots(total, Pools({}), lambda: None)
     for hung in range(1, allowed + total + 1):
         run = Run(Claim(uuid.uuid4(), 1, uuid.uuid4()))
         held.take([run])
         assert held.next() is run and held.give_up(run)
         held.disown([run])
-        assert held.room(())[0] == total - max(0, hung - allowed)
+        assert held.room()[0] == total - max(0, hung - allowed)
 
 
 def test_a_run_that_ends_while_it_is_given_up_is_ended_once() -> None:
     """Whoever is first hands it on, and the slot is freed once."""
-    held = slots.Slots(1, {}, lambda: None)
+    held = slots.Slots(1, Pools({}), lambda: None)
     run = Run(Claim(uuid.uuid4(), 1, uuid.uuid4()))
     held.take([run])
     assert held.next() and held.give_up(run) and not held.ended(run)
     run = Run(Claim(uuid.uuid4(), 1, uuid.uuid4()))
     held.take([run])
     assert held.next() and held.ended(run) and not held.give_up(run)
-    assert held.room(())[0] == 1
+    assert held.room()[0] == 1
 
 
 def test_async_handlers_are_cancelled(database: Database) -> None:

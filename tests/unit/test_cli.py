@@ -137,7 +137,7 @@ def test_help_of_the_worker_names_every_option_and_the_exit_statuses(sajobs: Com
     for option in (
         "--app MODULE:NAME",
         "--import MODULE",
-        "--queue NAME[=N]",
+        "--queue QUEUES[=N]",
         "--concurrency N",
         "--processes N",
         "--poll-interval S",
@@ -324,27 +324,29 @@ def test_an_import_with_the_kind_of_another_handler_is_one_line(sajobs: Command)
 
 
 @pytest.mark.parametrize(
-    ("given", "limits", "total"),
+    ("given", "pools", "total"),
     [
-        ([], {}, 10),
+        ([], {"*": None}, 10),
         (["mail"], {"mail": None}, 10),
         (["mail=2"], {"mail": 2}, 2),
         (["mail=2", "slow=3"], {"mail": 2, "slow": 3}, 5),
         (["mail=2", "default"], {"mail": 2, "default": None}, 10),
         (["eu.mail:bulk-2=1"], {"eu.mail:bulk-2": 1}, 1),
+        (["mail=2;default,bulk=8"], {"mail": 2, "default,bulk": 8}, 10),
+        (["mail=2;slow", "a>b@2,c.*=1"], {"mail": 2, "slow": None, "a>b@2,c.*": 1}, 10),
     ],
 )
 def test_queues_and_their_own_concurrency(
-    sajobs: Command, given: list[str], limits: dict[str, int | None], total: int
+    sajobs: Command, given: list[str], pools: dict[str, int | None], total: int
 ) -> None:
     options = itertools.chain.from_iterable(("--queue", each) for each in given)
     settings = sajobs.start("--app", sajobs.app(), *options).settings
-    assert settings.limits == limits
+    assert settings.pools.concurrency == pools
     assert settings.total(10) == total
 
 
 @pytest.mark.parametrize(
-    "given", ["mail=", "mail=0", "mail=-1", "mail=two", "mail=2=3", "mail=1.5"]
+    "given", ["mail=", "mail=0", "mail=-1", "mail=two", "mail=2=3", "mail=1.5", "a,b=1.5"]
 )
 def test_a_queue_with_a_number_that_is_none(sajobs: Command, given: str) -> None:
     line = sajobs.misuse("--app", sajobs.app(), "--queue", given)
@@ -352,10 +354,17 @@ def test_a_queue_with_a_number_that_is_none(sajobs: Command, given: str) -> None
     assert "wanted NAME=N" in line
 
 
-@pytest.mark.parametrize("given", ["", "=2", "two words", "-mail", "a,b", "x" * 61])
+@pytest.mark.parametrize("given", ["", "=2", "two words", "-mail", "x" * 61])
 def test_a_queue_whose_name_cannot_be(sajobs: Command, given: str) -> None:
     line = sajobs.refusal("--app", sajobs.app(), f"--queue={given}")
-    assert f"queue {given.partition('=')[0]!r}: wanted" in line
+    name = given.partition("=")[0]
+    assert f"queues {name!r}, character 1: queue {name!r}: wanted" in line
+
+
+@pytest.mark.parametrize("given", [("mail", "mail=2"), ("mail;mail",), ("mail=2;bulk,mail",)])
+def test_a_queue_that_is_named_twice_is_refused(sajobs: Command, given: tuple[str, ...]) -> None:
+    options = itertools.chain.from_iterable(("--queue", each) for each in given)
+    assert "'mail' is named twice" in sajobs.refusal("--app", sajobs.app(), *options)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +423,7 @@ OPTIONS = [
         '["mail=2", "default"]',
         "slow=3 other",
         ("--queue", "fast"),
-        lambda worker: worker.settings.limits,
+        lambda worker: worker.settings.pools.concurrency,
         ({"mail": 2, "default": None}, {"slow": 3, "other": None}, {"fast": None}),
     ),
     Option(
@@ -606,7 +615,7 @@ def test_a_queue_in_the_file_that_is_not_a_list_means_what_it_says_or_is_refused
     sajobs.pyproject(f"[tool.sajobs]\nqueue = {value}\n")
     result = sajobs("worker", "--app", sajobs.app())
     if result.status == 0:
-        assert sajobs.started[-1].settings.limits == wanted
+        assert sajobs.started[-1].settings.pools.concurrency == wanted
     else:
         assert result.status == 2
         assert "queue" in result.stderr

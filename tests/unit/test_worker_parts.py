@@ -24,6 +24,7 @@ from sqlalchemy_jobs.worker.executors import Supervisor, Threads
 from sqlalchemy_jobs.worker.leases import Lease, register, unregister
 from sqlalchemy_jobs.worker.loops import Loop
 from sqlalchemy_jobs.worker.maintenance import Maintenance
+from sqlalchemy_jobs.worker.pools import Pools
 from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.slots import Slots
 from sqlalchemy_jobs.worker.timeouts import Timeouts
@@ -51,37 +52,37 @@ def never() -> None:
 
 
 def test_room_is_what_is_left_of_the_total() -> None:
-    held = Slots(3, {}, lambda: None)
-    assert held.room(["a", "b"]) == (3, {"a": 3, "b": 3})
+    held = Slots(3, Pools({}), lambda: None)
+    assert held.room() == (3, {"*": 3})
     for queue in ("a", "a"):
         assert started(held, a_run(queue))
-    assert held.room(["a", "b"]) == (1, {"a": 1, "b": 1})
+    assert held.room() == (1, {"*": 1})
     assert started(held, a_run("b"))
-    assert held.room(["a", "b"]) == (0, {})
+    assert held.room() == (0, {})
 
 
 def test_room_of_a_queue_is_bounded_by_its_own_limit_and_by_the_total() -> None:
-    held = Slots(4, {"mail": 2, "default": None}, lambda: None)
-    assert held.room(["mail", "default"]) == (4, {"mail": 2, "default": 4})
+    held = Slots(4, Pools({"mail": 2, "default": None}), lambda: None)
+    assert held.room() == (4, {"mail": 2, "default": 4})
     mail = [a_run("mail"), a_run("mail")]
     for each in mail:
         assert started(held, each)
-    assert held.room(["mail", "default"]) == (2, {"default": 2})
+    assert held.room() == (2, {"default": 2})
     assert started(held, a_run("default"))
     held.ended(mail[0])
-    assert held.room(["mail", "default"]) == (2, {"mail": 1, "default": 2})
+    assert held.room() == (2, {"mail": 1, "default": 2})
 
 
 def test_a_slot_is_free_when_the_handler_ends_and_the_run_owned_until_it_is_settled() -> None:
     changes: list[None] = []
-    held = Slots(1, {"default": 1}, lambda: changes.append(None))
+    held = Slots(1, Pools({"default": 1}), lambda: changes.append(None))
     run = a_run()
     assert held.is_idle()
     assert started(held, run)
     assert (held.running(), held.owned(), held.is_idle()) == ([run], [run], False)
     held.ended(run)
     assert (held.running(), held.owned(), held.is_idle()) == ([], [run], False)
-    assert held.room(["default"]) == (1, {"default": 1})
+    assert held.room() == (1, {"default": 1})
     held.disown([run])
     assert held.is_idle()
     assert len(changes) == 2
@@ -89,22 +90,22 @@ def test_a_slot_is_free_when_the_handler_ends_and_the_run_owned_until_it_is_sett
 
 def test_ending_twice_frees_one_slot() -> None:
     """A run released at shutdown ends once more when its thread comes back."""
-    held = Slots(2, {"default": 2}, lambda: None)
+    held = Slots(2, Pools({"default": 2}), lambda: None)
     run = a_run()
     assert started(held, run)
     assert started(held, a_run())
     held.ended(run)
     held.ended(run)
-    assert held.room(["default"]) == (1, {"default": 1})
+    assert held.room() == (1, {"default": 1})
 
 
 def test_a_run_that_is_owned_already_is_adopted_not_started_again() -> None:
-    held = Slots(5, {"default": 5}, lambda: None)
+    held = Slots(5, Pools({"default": 5}), lambda: None)
     run = a_run()
     again = Run(run.claim)
     assert started(held, run)
     assert not started(held, again)
-    assert held.room(["default"]) == (4, {"default": 4})
+    assert held.room() == (4, {"default": 4})
     held.ended(run)
     assert not started(held, again), "its end is not written down yet"
     held.disown([run])
@@ -113,7 +114,7 @@ def test_a_run_that_is_owned_already_is_adopted_not_started_again() -> None:
 
 @pytest.mark.parametrize("differs", ["job_id", "attempt", "worker_id"])
 def test_another_job_attempt_or_worker_is_another_run(differs: str) -> None:
-    held = Slots(5, {}, lambda: None)
+    held = Slots(5, Pools({}), lambda: None)
     same = {"job_id": uuid.uuid4(), "attempt": 1, "worker_id": WORKER}
     other: dict[str, Any] = {"job_id": uuid.uuid4(), "attempt": 2, "worker_id": uuid.uuid4()}
     assert started(held, a_run(**same))
@@ -122,7 +123,7 @@ def test_another_job_attempt_or_worker_is_another_run(differs: str) -> None:
 
 def test_disown_all_forgets_every_run_and_asks_each_to_stop() -> None:
     changes: list[None] = []
-    held = Slots(3, {"default": 3}, lambda: changes.append(None))
+    held = Slots(3, Pools({"default": 3}), lambda: changes.append(None))
     running, ended = a_run(), a_run()
     assert started(held, running)
     assert started(held, ended)
@@ -134,27 +135,27 @@ def test_disown_all_forgets_every_run_and_asks_each_to_stop() -> None:
     assert len(changes) == 1
     # Its handler still has the thread.
     assert held.running() == [running]
-    assert held.room(["default"]) == (2, {"default": 2})
+    assert held.room() == (2, {"default": 2})
     assert not held.is_idle()
     held.ended(running)
     assert held.is_idle()
-    assert held.room(["default"]) == (3, {"default": 3})
+    assert held.room() == (3, {"default": 3})
 
 
 def test_no_room_while_too_many_ends_are_not_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "MOST_UNSETTLED", 2)
-    held = Slots(1, {}, lambda: None)
+    held = Slots(1, Pools({}), lambda: None)
     ended = [a_run() for _ in range(4)]
     for each in ended:
         assert started(held, each)
         held.ended(each)
-    assert held.room(["default"]) == (0, {})
+    assert held.room() == (0, {})
     held.disown([ended[0]])
-    assert held.room(["default"]) == (1, {"default": 1})
+    assert held.room() == (1, {"*": 1})
 
 
 def test_slots_are_counted_right_by_many_threads() -> None:
-    held = Slots(100, {"a": 50, "b": 50}, lambda: None)
+    held = Slots(100, Pools({"a": 50, "b": 50}), lambda: None)
 
     def work(queue: str) -> None:
         for _ in range(300):
@@ -169,7 +170,7 @@ def test_slots_are_counted_right_by_many_threads() -> None:
     for each in threads:
         each.join(20)
     assert held.is_idle()
-    assert held.room(["a", "b"]) == (100, {"a": 50, "b": 50})
+    assert held.room() == (100, {"a": 50, "b": 50})
 
 
 # --- loops ----------------------------------------------------------------------------------------
