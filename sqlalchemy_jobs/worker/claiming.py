@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import TypeVar
 
 from sqlalchemy.orm import Session
@@ -35,6 +36,8 @@ T = TypeVar("T")
 IDLE_WAITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Seconds an idle worker waits before it looks again; then its poll interval, which also bounds these, or longer where
 it is told of new jobs."""
+MOST_GUESSED = 8
+"""In how many lanes, those of its last claims, a worker that is rung for claims before it has looked."""
 SHORTEST_WAIT = 0.001
 """Seconds to wait at least for a job that is about to fall due: SQLite's clock has no finer grain."""
 SWEEP = 1.0
@@ -133,6 +136,8 @@ class Claimer:
         self._poll = settings.poll_interval.total_seconds()
         self._idle_polls = 0
         self._looked_at = -math.inf
+        self._asleep_until = 0.0
+        self._last_lanes: dict[Lane, None] = {}
         self._lanes: Collection[Lane] = ()
         self._marks: dict[Lane, Mark] = {}
         self._sweep_at = 0.0
@@ -172,11 +177,18 @@ class Claimer:
             self._marks = {}  # what a claim ahead passes by lies before them
         self._was_ahead = bool(ahead)
         began_at, marked = time.monotonic(), bool(self._marks)
-        if self._sees_due():
-            claims, asked = self._carry_out(lambda session: self._claim(session, worker_id, ahead))
+        # Woken from its sleep: most likely there is another job like the last ones.
+        guesses = began_at < self._asleep_until and bool(self._last_lanes)
+        self._asleep_until = 0.0
+        if guesses or self._sees_due():
+            claims, asked = self._carry_out(
+                lambda session: self._claim(session, worker_id, ahead, guesses)
+            )
         else:
             claims, asked = [], 0
             self._slots.wake_at = -1  # no slot that is given up would let it claim more
+        if guesses and not claims:
+            return 0.0  # and then it looks
         is_full = 0 < asked <= len(claims)
         self._looked_at = time.monotonic()
         self._wakeup.claimed(full=is_full)
@@ -190,6 +202,9 @@ class Claimer:
             self._slots.take([Run(claim) for claim in taken])
             self._start()
         self._mark(claims if is_full else [], began_at)
+        if not ahead:
+            last = {(each.queue, each.priority): None for each in claims}
+            self._last_lanes = dict([*(last | self._last_lanes).items()][:MOST_GUESSED])
         if not is_full:
             self._ahead_until = 0.0
         elif not ahead and all(map(self._might_wait, claims)):
@@ -199,7 +214,9 @@ class Claimer:
             return 0.0 if is_full or marked else min(IDLE_WAITS[0], self._poll)
         self._tell_if_drained()
         self._idle_polls += 1
-        return self._idle_wait()
+        wait = self._idle_wait()
+        self._asleep_until = time.monotonic() + wait
+        return wait
 
     def _might_wait(self, claim: Claim) -> bool:
         """Tell whether a claim ahead would have brought this job: where others come, there may be more of them."""
@@ -234,9 +251,9 @@ class Claimer:
             self._drained()
 
     def _claim(
-        self, session: Session, worker_id: uuid.UUID, ahead: Mapping[str, int]
+        self, session: Session, worker_id: uuid.UUID, ahead: Mapping[str, int], guesses: bool
     ) -> tuple[list[Claim], int]:
-        lanes = self._find_lanes(session)
+        lanes = self._guess_lanes() if guesses else self._find_lanes(session)
         queues = {queue for queue, _ in lanes}
         free, rooms = self._slots.room(ahead)
         pools = self._pools.in_turn(queues, rooms)
@@ -262,7 +279,7 @@ class Claimer:
         if suspects:
             self._slots.wake_at = math.inf
         claims = [] if suspects else transitions.claim(session, wanted)
-        if claims or not self._slots.is_idle():
+        if claims or guesses or not self._slots.is_idle():
             self._clearing.begin_if_needed(session, wanted)
         else:
             self._clearing.end()
@@ -308,6 +325,10 @@ class Claimer:
         if time.monotonic() >= self._sweep_at:
             self._look(session)
         return self._lanes
+
+    def _guess_lanes(self) -> Collection[Lane]:
+        """Return the lanes of the last claims, the better priority first."""
+        return sorted(self._last_lanes, key=itemgetter(1))
 
     def _sees_due(self) -> bool:
         """Look whether anything is due, after a claim that came empty; else take it that there is."""

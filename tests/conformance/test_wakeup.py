@@ -158,6 +158,34 @@ def test_a_commit_wakes_the_worker_of_the_same_process(
     assert not bell.sleepers
 
 
+@pytest.mark.usefixtures("few_polls")
+def test_who_is_woken_claims_jobs_like_the_last_ones_before_looking_for_others(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = database.sessions()
+    with asleep(sessions, monkeypatch, in_process=True, listen=False) as it:
+        original = claiming.Claimer._look
+
+        def look(claimer: claiming.Claimer, session: Session) -> bool:
+            it.ran.append(LOOKED)
+            return original(claimer, session)
+
+        monkeypatch.setattr(claiming.Claimer, "_look", look)
+        add(sessions, 1)
+        it.runs(1)
+        for n, options, first in ((2, {}, 2), (3, {"queue": "other", "priority": 5}, LOOKED)):
+            it.sleep()
+            it.ran.clear()
+            it.waits.clear()
+            add(sessions, n, **options)
+            it.runs(n)
+            assert it.ran[0] == first
+
+
+LOOKED = 0
+"""Between the numbers of the jobs that ran: the worker has looked where there are any."""
+
+
 def test_only_a_commit_wakes(sqlite: Database) -> None:
     class Sleeper:
         woken = 0
