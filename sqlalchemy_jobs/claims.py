@@ -5,13 +5,14 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias
+
+from msgspec import Struct
 
 Lane: TypeAlias = tuple[str, int]
 """A queue and a priority: jobs of one lane are claimed by time."""
-Mark: TypeAlias = tuple[datetime, uuid.UUID]
-"""``run_at`` and id of a job."""
+Mark: TypeAlias = tuple[Any, uuid.UUID]
+"""``run_at``, as the dialect's claim returned it, and id of a job."""
 
 
 class Due(NamedTuple):
@@ -72,10 +73,11 @@ class Wanted:
         return sorted(with_room, key=lambda lane: (turns[lane[0]], lane[1]))
 
 
-class Claim(NamedTuple):
+class Claim(Struct, frozen=True, gc=False):
     """A job as it was claimed for one run, and the proof of owning it. Crosses threads freely.
 
-    (job_id, attempt, worker_id) names one run for ever.
+    (job_id, attempt, worker_id) names one run for ever. Thousands may wait in a worker: they are made by one step
+    in C, and the garbage collector passes them by.
     """
 
     job_id: uuid.UUID
@@ -83,10 +85,12 @@ class Claim(NamedTuple):
     worker_id: uuid.UUID
     kind: str = ""
     queue: str = ""
-    payload: Any = None
+    payload: str = ""
+    """Its JSON."""
     failures: int = 0
     max_attempts: int = 0
     headers: Mapping[str, str] | None = None
     crashes: int = 0
     priority: int = 0
-    run_at: datetime | None = None
+    run_at: Any = None
+    """For a ``Mark``, and nothing else."""

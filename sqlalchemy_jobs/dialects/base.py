@@ -16,12 +16,14 @@ from sqlalchemy import (
     Connection,
     Executable,
     Integer,
+    String,
     TableClause,
     and_,
     bindparam,
     exists,
     or_,
     select,
+    type_coerce,
     update,
 )
 from sqlalchemy.exc import DBAPIError
@@ -46,7 +48,7 @@ CLAIMED = (
     jobs.c.attempt,
     jobs.c.kind,
     jobs.c.queue,
-    jobs.c.payload,
+    type_coerce(jobs.c.payload, String),
     jobs.c.failures,
     jobs.c.max_attempts,
     jobs.c.headers,

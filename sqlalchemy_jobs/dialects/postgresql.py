@@ -9,7 +9,6 @@ from functools import cache, cached_property
 from operator import itemgetter
 from typing import Any
 
-from msgspec.json import decode as decode_json
 from sqlalchemy import (
     ARRAY,
     BigInteger,
@@ -43,6 +42,7 @@ from sqlalchemy_jobs.dialects.base import (
     Dialect,
     SessionLocks,
     Transaction,
+    claim_of,
     waited_in_vain,
 )
 from sqlalchemy_jobs.dialects.listening import CHANNEL_OF_TABLE, Listening, table_of
@@ -109,13 +109,14 @@ WHERE id = ANY (ARRAY(
   CROSS JOIN LATERAL (
     SELECT due.id
     FROM unnest(CAST(:lane_pools AS varchar[]), CAST(:lane_queues AS varchar[]),
-        CAST(:lane_priorities AS smallint[]), CAST(:mark_run_ats AS timestamptz[]), CAST(:mark_ids AS uuid[]))
+        CAST(:lane_priorities AS smallint[]), CAST(:mark_run_ats AS bigint[]), CAST(:mark_ids AS uuid[]))
       AS lane (pool, queue, priority, run_at, id)
     CROSS JOIN LATERAL (
       SELECT job.id FROM {jobs} job
       WHERE job.state = 'ready' AND job.limit_key IS NULL
         AND job.queue = lane.queue AND job.priority = lane.priority AND job.run_at <= now()
-        AND (job.run_at, job.id) >= (coalesce(lane.run_at, '-infinity'), coalesce(lane.id, '{first_id}'))
+        AND (job.run_at, job.id) >= (
+          coalesce(timestamptz 'epoch' + lane.run_at * interval '1 microsecond', '-infinity'), coalesce(lane.id, '{first_id}'))
         AND job.kind = ANY (CAST(:kinds AS varchar[]))
         AND (job.crashes = 0 OR NOT :ahead)
         AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
@@ -123,7 +124,8 @@ WHERE id = ANY (ARRAY(
       ORDER BY job.run_at, job.id LIMIT wanted.room FOR NO KEY UPDATE SKIP LOCKED) due
     WHERE lane.pool = wanted.pool LIMIT wanted.room) taken
   LIMIT :total))
-RETURNING id, attempt, kind, queue, CAST(payload AS text) AS payload, failures, max_attempts, headers, crashes, priority, run_at
+RETURNING id, attempt, kind, queue, CAST(payload AS text) AS payload, failures, max_attempts, headers, crashes, priority,
+  CAST(extract(epoch FROM run_at) * 1000000 AS bigint) AS run_at
 """
 _LEASE_LOST = "sajobs: another run owns the job"
 # One simple query of two statements: one round trip, and no COMMIT is sent for an error. The fence has to raise:
@@ -191,16 +193,6 @@ class AdvisoryLocks(SessionLocks):
         return func.pg_try_advisory_lock(_lock_key(literal(worker_id, Uuid())))
 
 
-def _read(payload: str) -> Any:
-    """Read a payload's JSON. What cannot be read (it is nested too deeply) is the trouble of that job alone: as the
-    error it is handed on to ``codec.decode``, which raises it.
-    """
-    try:
-        return decode_json(payload)
-    except Exception as error:
-        return error
-
-
 @cache
 def _lanes(schema: str | None) -> TextClause:
     return text(_in_schema(_LANES, schema))
@@ -222,7 +214,7 @@ def _claim(schema: str | None, free_slots: bool) -> TextualSelect:
             bindparam("lane_pools", type_=ARRAY(String)),
             bindparam("lane_queues", type_=ARRAY(String)),
             bindparam("lane_priorities", type_=ARRAY(SmallInteger)),
-            bindparam("mark_run_ats", type_=ARRAY(utc_datetime())),
+            bindparam("mark_run_ats", type_=ARRAY(BigInteger)),
             bindparam("mark_ids", type_=ARRAY(Uuid())),
             bindparam("kinds", type_=ARRAY(String)),
             bindparam("never_alone", type_=ARRAY(String)),
@@ -232,9 +224,10 @@ def _claim(schema: str | None, free_slots: bool) -> TextualSelect:
             bindparam("ahead", type_=Boolean),
             bindparam("durable", type_=Boolean),
         )
+        # A number is read ten times as fast as a time.
         .columns(
-            *CLAIMED[:4], column("payload"), *CLAIMED[5:-1], column("run_at")
-        )  # to be compared, not converted
+            *CLAIMED[:4], column("payload", String), *CLAIMED[5:-1], column("run_at", BigInteger)
+        )
     )
 
 
@@ -310,11 +303,7 @@ class PostgreSQL(Dialect):
         ).all()
         # RETURNING has no order.
         rows = sorted(rows, key=_ORDER)
-        # The driver's own way to read JSON takes five times as long.
-        return [
-            Claim._make((*row[:2], wanted.worker_id, *row[2:4], _read(row[4]), *row[5:]))
-            for row in rows
-        ]
+        return [claim_of(row, row[1], wanted.worker_id) for row in rows]
 
     def complete_many(
         self,

@@ -878,7 +878,7 @@ def pool_of(sqlite: Database) -> Iterator[Callable[..., Pool]]:
         pool = Pool(Threads(supervisor, app.sessions, most, lambda: None), app, ended, seen)
         # What a run carries is what the row holds.
         pool.start = lambda: pool.threads.start(  # type: ignore[method-assign]
-            Run(Claim(uuid.uuid4(), 1, WORKER, "part", "default", {"n": 0}, 0, 20)),
+            Run(Claim(uuid.uuid4(), 1, WORKER, "part", "default", '{"n": 0}', 0, 20)),
             app.handlers["part"],
         )
         made.append(pool)
