@@ -64,6 +64,12 @@ Transaction: TypeAlias = Literal["wrapped", "manual"]
 Middleware: TypeAlias = Callable[[Run], AbstractContextManager[object]]
 LARGEST_BATCH = 1000
 
+_NO_CONTEXT = nullcontext()  # it may be entered again and again; to make one takes longer than that
+
+
+def _no_context() -> AbstractContextManager[object]:
+    return _NO_CONTEXT
+
 
 class NoSessions:
     """The colour that has no session factory; no handler takes it."""
@@ -225,7 +231,7 @@ class JobApp(Handlers[_S, _A]):
         context: Callable[[], AbstractContextManager[object]] = ...,
     ) -> None: ...
     def __init__(
-        self, *sessions: Any, context: Callable[[], AbstractContextManager[object]] = nullcontext
+        self, *sessions: Any, context: Callable[[], AbstractContextManager[object]] = _no_context
     ) -> None:
         super().__init__()
         self.sessions: SyncSessions | None = None

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from sqlalchemy_jobs.app import AsyncSessions, Handler
@@ -21,7 +21,7 @@ from sqlalchemy_jobs.errors import RunInterrupted
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.tables import TO_JOB
 from sqlalchemy_jobs.worker.control import Control
-from sqlalchemy_jobs.worker.executors import Supervisor, is_pristine
+from sqlalchemy_jobs.worker.executors import Opened, Supervisor, Work
 from sqlalchemy_jobs.worker.handling import Handling
 from sqlalchemy_jobs.worker.loops import LoopThread
 
@@ -33,17 +33,21 @@ class Async:
 
     def __init__(self, sessions: AsyncSessions) -> None:
         self._sessions = sessions
+        self._as_new: list[Opened] = []
         self._closing: set[asyncio.Future[None]] = set()  # the loop itself refers to them weakly
 
-    def open(self) -> tuple[Session, Any]:
+    def open(self) -> Opened:
+        if self._as_new:
+            return self._as_new.pop()
         session = self._sessions()
-        return session.sync_session, session
+        return Opened(session.sync_session, session, AsyncSession)
 
-    def close(self, session: Session, argument: Any) -> None:
-        if type(argument).close is AsyncSession.close and is_pristine(session):
+    def close(self, opened: Opened) -> None:
+        if opened.is_as_new():
+            self._as_new.append(opened)
             return
         # A task that was cancelled may be cancelled again: the connection must go back all the same.
-        closing = asyncio.ensure_future(argument.close())
+        closing = asyncio.ensure_future(opened.argument.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         await_only(asyncio.shield(closing))
@@ -60,6 +64,8 @@ class Async:
 
 class TaskHandling(Handling):
     """As a task: it is cancelled, at what it awaits."""
+
+    __slots__ = ("_loop", "_task")
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -92,14 +98,13 @@ class EventLoop:
         supervisor: Supervisor,
         sessions: AsyncSessions,
         loop: asyncio.AbstractEventLoop | None,
-        start_more: Callable[[], None],
+        next_work: Callable[[], Work | None],
     ) -> None:
         self._supervisor = supervisor
         self._colour = Async(sessions)
-        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself refers to them weakly
         self._cancellable: dict[Run, asyncio.Task[None]] = {}
         self._sessions = sessions
-        self._start_more = start_more
+        self._next_work = next_work
         self._own = LoopThread("loop") if loop is None else None
         self._loop = self._own.loop if self._own else cast(asyncio.AbstractEventLoop, loop)
 
@@ -113,11 +118,11 @@ class EventLoop:
         """Apply a check to a connection such as handlers get; called from another thread."""
 
         def on_loop() -> None:
-            session, argument = self._colour.open()
+            opened = self._colour.open()
             try:
-                check(session.connection(bind_arguments=TO_JOB))
+                check(opened.session.connection(bind_arguments=TO_JOB))
             finally:
-                self._colour.close(session, argument)
+                self._colour.close(opened)
 
         asyncio.run_coroutine_threadsafe(greenlet_spawn(on_loop), self._loop).result()
 
@@ -136,23 +141,22 @@ class EventLoop:
         await session.close()
 
     def _begin(self, run: Run, handler: Handler) -> None:
-        task = self._loop.create_task(self._work(run, handler))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        # A task for each run: it sees nothing that another one has left in its context.
+        self._loop.create_task(self._work(run, handler), context=Context())
 
     async def _work(self, run: Run, handler: Handler) -> None:
-        if run.should_stop:
-            self._supervisor.give_back(run)
-            self._start_more()
-            return
         task = asyncio.current_task()
         assert task is not None
-        self._cancellable[run] = task
+        self._cancellable[run] = task  # the loop itself refers to it weakly
         try:
-            await greenlet_spawn(self._supervisor.supervise, run, handler, self._colour)
+            if run.should_stop:
+                self._supervisor.give_back(run)
+            else:
+                await greenlet_spawn(self._supervisor.supervise, run, handler, self._colour)
         finally:
             del self._cancellable[run]
-            self._start_more()
+            if (work := self._next_work()) is not None:
+                self._begin(*work)
 
     def _cancel(self, run: Run) -> None:
         # A task that is cancelled before its first step would never hand its run on: such a run was asked to

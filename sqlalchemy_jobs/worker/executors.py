@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -42,24 +43,42 @@ Finish = Callable[[Run, Transition | None], None]
 """Takes a run whose handler has ended, and the transition that is still to be made."""
 
 
+class Opened:
+    """A session for a run, and what the handler gets for it: ``base`` is SQLAlchemy's class of that."""
+
+    def __init__(self, session: Session, argument: Any, base: type[Any]) -> None:
+        self.session = session
+        self.argument = argument
+        self._is_plain = all(
+            type(each).__init__ is own.__init__ and type(each).close is own.close
+            for each, own in ((session, Session), (argument, base))
+        )
+        session.info  # noqa: B018 (it is made by the first look at it)
+        self._attributes = [vars(each) for each in dict.fromkeys((session, argument))]
+        self._were = [each.copy() for each in self._attributes]
+        self._dicts = [
+            value for each in self._were for value in each.values() if type(value) is dict
+        ]
+        self._held = [each.copy() for each in self._dicts]
+
+    def is_as_new(self) -> bool:
+        """Tell whether nobody can see that it served a run: so it may serve another one, without being closed.
+
+        To make a session and to close it costs as much as all the rest of a run. Never told of a class that does more
+        than SQLAlchemy's own. A transaction leaves an attribute behind, and without one there is nothing in the
+        identity map.
+        """
+        return self._is_plain and self._attributes == self._were and self._dicts == self._held
+
+
 class Colour(Protocol):
-    """How sync or async code opens a session, calls a handler and waits for something that blocks.
+    """How sync or async code opens a session, calls a handler and waits for something that blocks."""
 
-    ``open`` returns the session, and what the handler gets for it.
-    """
-
-    def open(self) -> tuple[Session, Any]: ...
-    def close(self, session: Session, argument: Any) -> None: ...
+    def open(self) -> Opened: ...
+    def close(self, opened: Opened) -> None: ...
     def caller(self, handler: Handler, argument: Any) -> Callable[[Any], Any]: ...
     def handling(self, run: Run, control: Control) -> Handling: ...
     def block(self, function: Callable[[], T]) -> T: ...
-
-
-def is_pristine(session: Session) -> bool:
-    """Tell whether nothing was done with a session: to close it would cost as much as all the rest of a run."""
-    return type(session).close is Session.close and not (
-        session.in_transaction() or session.identity_map
-    )
 
 
 class Sync:
@@ -67,21 +86,26 @@ class Sync:
 
     def __init__(self, sessions: SyncSessions) -> None:
         self._sessions = sessions
-
         self._scoped = sessions if isinstance(sessions, scoped_session) else None
+        self._as_new: deque[Opened] = deque()
 
-    def open(self) -> tuple[Session, Session]:
-        session = self.make()
+    def open(self) -> Opened:
+        try:
+            return self._as_new.pop()
+        except IndexError:
+            session = self.make()
         if self._scoped is not None:
             # Helpers that use the global session must write into this transaction.
             self._scoped.registry.set(session)
-        return session, session
+        return Opened(session, session, Session)
 
-    def close(self, session: Session, argument: Any) -> None:
+    def close(self, opened: Opened) -> None:
         if self._scoped is not None:
             self._scoped.remove()  # closes it, too
-        elif not is_pristine(session):
-            session.close()
+        elif opened.is_as_new():
+            self._as_new.append(opened)
+        else:
+            opened.session.close()
 
     def make(self) -> Session:
         """Return a new session, also where the factory would return the thread's own."""
@@ -192,16 +216,16 @@ class Supervisor:
                     payloads = batches.payloads_of(run, handler, self._end_apart)
                     if not payloads:
                         return None
-                session, argument = colour.open()
+                opened = colour.open()
                 try:
-                    call = colour.caller(handler, argument)
+                    call = colour.caller(handler, opened.argument)
                     call = execution.through(self._app.middlewares, run, call)
                     work: Callable[[], Transition] = partial(execution.work, run, handler, call)
                     if payloads is not None:
                         work = partial(batches.work, payloads, handler, call)
-                    return execution.perform(session, handling, handler, work)
+                    return execution.perform(opened.session, handling, handler, work)
                 finally:
-                    colour.close(session, argument)
+                    colour.close(opened)
             except LeaseLost:
                 had = len(run.claims)
                 still_owned = self._still_owned(run, colour)

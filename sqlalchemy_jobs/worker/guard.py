@@ -33,6 +33,18 @@ _listening = threading.Lock()
 class Watch:
     """What is known of one run's session, which it watches for the length of the run."""
 
+    __slots__ = (
+        "_dialect",
+        "_ended",
+        "_session",
+        "began_at",
+        "databases",
+        "handling",
+        "has_completed",
+        "manual",
+        "settling",
+    )
+
     def __init__(self, session: Session, handling: Handling, *, manual: bool) -> None:
         self._session = session
         self.handling = handling

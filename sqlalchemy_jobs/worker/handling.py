@@ -34,6 +34,8 @@ _KEY = "sqlalchemy_jobs.handling"
 class Handling(ABC):
     """The handler's part of one run: ``with handling:`` is around it."""
 
+    __slots__ = ("_inside", "_lock", "deadline", "interrupted", "run")
+
     def __init__(self, run: Run) -> None:
         self.run = run
         self.deadline = math.inf
@@ -107,6 +109,8 @@ class Handling(ABC):
 
 class ThreadHandling(Handling):
     """On a thread: its statement is cancelled at the server, and an exception raised in the thread."""
+
+    __slots__ = ("_cancellable", "_control", "_thread")
 
     def __init__(self, run: Run, control: Control) -> None:
         super().__init__(run)

@@ -90,7 +90,7 @@ class Parts:
             from sqlalchemy_jobs.worker.event_loop import EventLoop
 
             assert app.async_sessions is not None
-            self._loop = EventLoop(supervisor, app.async_sessions, loop, self._start_waiting)
+            self._loop = EventLoop(supervisor, app.async_sessions, loop, self._next_for_task)
         self._wakeup = Wakeup(settings.poll_interval.total_seconds(), lambda: self._leasing.wake())
         self._lock: SessionLock | None = None
         self._listener: Listener | None = None
@@ -268,10 +268,16 @@ class Parts:
             raise
 
     def _next_for_thread(self) -> Work | None:
-        """Return a waiting run for the thread that has just ended one: so it need not be woken."""
+        return self._next_work(is_async=False)
+
+    def _next_for_task(self) -> Work | None:
+        return self._next_work(is_async=True)
+
+    def _next_work(self, *, is_async: bool) -> Work | None:
+        """Return a waiting run for who has just ended one: so nobody need be woken for it."""
         while (run := self.slots.next()) is not None:
             handler = self._handlers[run.kind]
-            if not handler.is_async and not run.claim.crashes:
+            if handler.is_async == is_async and not run.claim.crashes:
                 return run, handler
             self._start(run)
         return None
