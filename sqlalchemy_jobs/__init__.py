@@ -15,9 +15,10 @@ from sqlalchemy_jobs.app import Handlers, JobApp
 from sqlalchemy_jobs.enqueue import enqueue, enqueue_many
 from sqlalchemy_jobs.errors import JobNeverAdded
 from sqlalchemy_jobs.manage import cancel, requeue
-from sqlalchemy_jobs.models import Attempt, Job, WorkerRow, metadata
+from sqlalchemy_jobs.models import Attempt, Job, Kind, Queue, WorkerRow, metadata
 from sqlalchemy_jobs.outcomes import Cancel, Fail, Retry, Snooze
 from sqlalchemy_jobs.payloads import job
+from sqlalchemy_jobs.queues import pause_kind, pause_queue, resume_kind, resume_queue, set_queue
 from sqlalchemy_jobs.runs import Run, current_run, current_runs
 from sqlalchemy_jobs.states import JobState, Outcome, WorkerState
 from sqlalchemy_jobs.tables import use_schema
@@ -35,7 +36,9 @@ __all__ = [
     "JobApp",
     "JobNeverAdded",
     "JobState",
+    "Kind",
     "Outcome",
+    "Queue",
     "Retry",
     "Run",
     "Snooze",
@@ -53,7 +56,12 @@ __all__ = [
     "job",
     "metadata",
     "migrations",
+    "pause_kind",
+    "pause_queue",
     "requeue",
+    "resume_kind",
+    "resume_queue",
+    "set_queue",
     "sqlite",
     "use_schema",
 ]

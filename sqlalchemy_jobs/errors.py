@@ -7,6 +7,7 @@
     ├── EnqueueError                a job could not be made (in the caller's stack)
     │   └── PayloadError            the payload cannot be stored, or not read back as it was
     ├── DuplicateJob                another job has the unique key (at the flush, and in requeue)
+    ├── ControlError                a queue or a kind cannot be set like this
     ├── ConfigurationError          a worker, or a command, cannot start like this
     │   ├── AppError                ``--app`` does not lead to a JobApp
     │   ├── MissingSessions         a handler's colour has no session factory
@@ -78,6 +79,10 @@ class DuplicateJob(JobsError):
         super().__init__(message)
         self.key = key
         self.other = other
+
+
+class ControlError(JobsError, ValueError):
+    """What was said about a queue or a kind at run time makes no sense; nothing was changed."""
 
 
 class ConfigurationError(JobsError):

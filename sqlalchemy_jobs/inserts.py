@@ -25,6 +25,32 @@ class JobTable(Table):
         return statement
 
 
+def insert_missing(table: Table) -> Insert:
+    """Return an INSERT that leaves out the rows whose key is there: somebody else was quicker."""
+    statement = Insert(table)
+    statement._post_values_clause = _UnlessThere()
+    return statement
+
+
+class _UnlessThere(ClauseElement):
+    """What stands behind the VALUES of such an INSERT."""
+
+    __visit_name__ = "sajobs_unless_there"
+    inherit_cache = True
+    _traverse_internals = []  # noqa: RUF012
+
+
+@compiles(_UnlessThere)
+def _do_nothing(element: _UnlessThere, compiler: SQLCompiler, **kw: Any) -> str:
+    return "ON CONFLICT DO NOTHING"
+
+
+@compiles(_UnlessThere, "mysql", "mariadb")
+def _mysql_do_nothing(element: _UnlessThere, compiler: SQLCompiler, **kw: Any) -> str:
+    (key,) = cast(Table, cast(Insert, compiler.stack[-1]["selectable"]).table).primary_key
+    return f"ON DUPLICATE KEY UPDATE {key.name} = {key.name}"
+
+
 class _AfterValues(ClauseElement):
     """What stands behind the VALUES."""
 

@@ -130,7 +130,7 @@ def job(
     if isinstance(aliases, str):
         raise DeclarationError(f"aliases={aliases!r} is one string: write aliases=[{aliases!r}]")
     for each in (kind, *aliases):
-        _check_name(each, "kind", KIND_LENGTH, DeclarationError)
+        check_kind(each, DeclarationError)
     check_options(queue=queue, priority=priority, max_attempts=max_attempts, error=DeclarationError)
     for given_up in give_up_on:
         if not (isinstance(given_up, type) and issubclass(given_up, BaseException)):
@@ -208,7 +208,7 @@ def check_options(
 ) -> None:
     """Refuse a queue, priority or max_attempts that the columns could not hold."""
     if queue is not None:
-        _check_name(queue, "queue", QUEUE_LENGTH, error)
+        check_queue(queue, error)
     if priority is not None and not is_whole(priority, PRIORITIES):
         raise error(
             f"priority={priority!r}: wanted a whole number from {PRIORITIES.start} to "
@@ -218,6 +218,16 @@ def check_options(
         raise error(
             f"max_attempts={max_attempts!r}: wanted a whole number from 1 (no retry) to 32767"
         )
+
+
+def check_queue(queue: object, error: type[Exception]) -> None:
+    """Refuse what is no name of a queue."""
+    _check_name(queue, "queue", QUEUE_LENGTH, error)
+
+
+def check_kind(kind: object, error: type[Exception]) -> None:
+    """Refuse what is no name of a kind."""
+    _check_name(kind, "kind", KIND_LENGTH, error)
 
 
 def _check_durations(**options: timedelta | None) -> None:

@@ -8,12 +8,14 @@ from sqlalchemy import Connection, Select, Table, Update, and_, case, func, lite
 
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.errors import ConfigurationError
-from sqlalchemy_jobs.models import Attempt, Job, WorkerRow, metadata
+from sqlalchemy_jobs.models import Attempt, Job, Kind, Queue, WorkerRow, metadata
 from sqlalchemy_jobs.states import JobState
 
 jobs: Table = Job.__table__  # type: ignore[assignment]
 attempts: Table = Attempt.__table__  # type: ignore[assignment]
 workers: Table = WorkerRow.__table__  # type: ignore[assignment]
+queues: Table = Queue.__table__  # type: ignore[assignment]
+kinds: Table = Kind.__table__  # type: ignore[assignment]
 
 StatementT = TypeVar("StatementT", Update, Select[Any])
 

@@ -334,14 +334,24 @@ def orphaning_workers(session: Session) -> Sequence[uuid.UUID]:
     )
 
 
-def any_unfinished(session: Session, kinds: Sequence[str], queues: Collection[str]) -> bool:
+def any_unfinished(
+    session: Session,
+    kinds: Sequence[str],
+    queues: Collection[str],
+    paused_kinds: Collection[str] = (),
+    paused_queues: Collection[str] = (),
+) -> bool:
     """Tell whether a job of these kinds and queues (patterns; none given: any) is due, or running anywhere.
 
     One statement: between two looks a job could pass from the one state to the other.
     """
-    unfinished = exists().where(
-        or_(IS_RUNNING, and_(IS_READY, jobs.c.run_at <= server_now())), jobs.c.kind.in_(kinds)
+    due = and_(
+        IS_READY,
+        jobs.c.run_at <= server_now(),
+        jobs.c.kind.not_in(paused_kinds),
+        jobs.c.queue.not_in(paused_queues),
     )
+    unfinished = exists().where(or_(IS_RUNNING, due), jobs.c.kind.in_(kinds))
     if queues:
         unfinished = unfinished.where(patterns.fitting(queues, jobs.c.queue))
     return bool(session.scalar(select(unfinished), bind_arguments=TO_JOB))

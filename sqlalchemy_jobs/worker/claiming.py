@@ -7,7 +7,7 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -22,6 +22,7 @@ from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.worker.clearing import Clearing
 from sqlalchemy_jobs.worker.control import Control
+from sqlalchemy_jobs.worker.controls import Controls
 from sqlalchemy_jobs.worker.leases import Lease
 from sqlalchemy_jobs.worker.loops import SHORTEST_PAUSE
 from sqlalchemy_jobs.worker.pools import Pools
@@ -125,7 +126,6 @@ class Claimer:
         self._not_repeated = [
             kind for kind, each in handlers.items() if each.declaration.on_crash == "fail"
         ]
-        self._may_wait = [kind for kind in handlers if kind not in self._not_repeated]
         uniques = [each.declaration.unique for each in handlers.values()]
         self._free_slots = any(each and not each.holds_in(JobState.RUNNING) for each in uniques)
         self._settings = settings
@@ -143,6 +143,7 @@ class Claimer:
         self._sweep_at = 0.0
         self._next_due = math.inf
         self._pools = settings.pools
+        self._controls = Controls(handlers)
         self._speed = Speed(slots, self._pools)
         self._ahead_until = 0.0
         self._was_ahead = False
@@ -163,6 +164,8 @@ class Claimer:
             return early
         self._reconcile(worker_id)
         self._give_back(self._slots.withdraw(LONGEST_AHEAD))
+        if self._slots.waiting and self._controls.believed_for <= 0:
+            self._control.statements(self._heed)
         self._slots.wake_at = math.inf  # before looking: what is given up meanwhile wakes this loop
         ahead = self._speed.ahead() if time.monotonic() < self._ahead_until else {}
         free, _ = self._slots.room(ahead)
@@ -172,7 +175,9 @@ class Claimer:
                 self._slots.wake_at = self._slots.total + enough
             self._wakeup.claimed(full=True)
             self._tell_if_drained()
-            return min(self._poll, LONGEST_AHEAD) if self._slots.waiting else self._poll
+            return (
+                min(self._poll, self._controls.believed_for) if self._slots.waiting else self._poll
+            )
         if self._was_ahead and not ahead:
             self._marks = {}  # what a claim ahead passes by lies before them
         self._was_ahead = bool(ahead)
@@ -218,6 +223,17 @@ class Claimer:
         self._asleep_until = time.monotonic() + wait
         return wait
 
+    def _heed(self, session: Session) -> None:
+        """Read what holds for queues and kinds, if it is time to, and go by it."""
+        if self._controls.read(session):
+            self._marks = {}  # what was paused lies before them
+            self._give_back(
+                self._slots.withdraw_if(lambda run: self._controls.is_paused(run.queue, run.kind))
+            )
+
+    def _unpaused(self, lanes: Iterable[Lane]) -> list[Lane]:
+        return [lane for lane in lanes if not self._controls.queue(lane[0]).paused]
+
     def _might_wait(self, claim: Claim) -> bool:
         """Tell whether a claim ahead would have brought this job: where others come, there may be more of them."""
         return not claim.crashes and claim.kind not in self._not_repeated
@@ -253,7 +269,11 @@ class Claimer:
     def _claim(
         self, session: Session, worker_id: uuid.UUID, ahead: Mapping[str, int], guesses: bool
     ) -> tuple[list[Claim], int]:
-        lanes = self._guess_lanes() if guesses else self._find_lanes(session)
+        self._heed(session)
+        found = self._guess_lanes() if guesses else self._find_lanes(session)
+        lanes, kinds = self._unpaused(found), self._controls.kinds
+        if not kinds:
+            return [], 0
         queues = {queue for queue, _ in lanes}
         free, rooms = self._slots.room(ahead)
         pools = self._pools.in_turn(queues, rooms)
@@ -264,7 +284,7 @@ class Claimer:
             return [], 0
         wanted = Wanted(
             worker_id,
-            self._may_wait if ahead else list(self._handlers),
+            [kind for kind in kinds if not ahead or kind not in self._not_repeated],
             lanes,
             {queue: rooms[pool] for queue, pool in pools.items()},
             asked,
@@ -339,9 +359,14 @@ class Claimer:
         found = {lane: due for lane, due in found.items() if self._pools.serves(lane[0])}
         now = time.monotonic()
         self._lanes, self._marks, self._sweep_at = found.keys(), {}, now + SWEEP
-        later = [due.next for due in found.values() if due.next is not None]
+        if any(
+            due.first <= 0 or self._controls.queue(lane[0]).paused for lane, due in found.items()
+        ):
+            self._heed(session)
+        open_now = [found[lane] for lane in self._unpaused(found)]
+        later = [due.next for due in open_now if due.next is not None]
         self._next_due = now + min(later, default=math.inf)
-        return any(due.first <= 0 for due in found.values())
+        return any(due.first <= 0 for due in open_now)
 
     def _mark(self, claims: list[Claim], began_at: float) -> None:
         """Remember how far each lane was claimed, while claims come full.
@@ -360,10 +385,15 @@ class Claimer:
 
     def _is_drained(self) -> bool:
         """Tell whether nothing of ours is due, or running anywhere: what a dead worker ran comes back."""
-        kinds, patterns = list(self._handlers), self._pools.patterns
-        return not self._control.transaction(
-            lambda session: transitions.any_unfinished(session, kinds, patterns)
-        )
+
+        def is_drained(session: Session) -> bool:
+            self._heed(session)
+            kinds, patterns, controls = list(self._handlers), self._pools.patterns, self._controls
+            return not transitions.any_unfinished(
+                session, kinds, patterns, controls.paused_kinds, controls.paused_queues
+            )
+
+        return self._control.transaction(is_drained)
 
     def _reconcile(self, worker_id: uuid.UUID) -> None:
         """Give back what is running under our id but not here, after a lost connection and now and then."""

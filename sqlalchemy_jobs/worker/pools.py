@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from sqlalchemy_jobs.errors import ConfigurationError
 from sqlalchemy_jobs.patterns import EVERY, NOT, is_served, most_specific
-from sqlalchemy_jobs.payloads import check_options
+from sqlalchemy_jobs.payloads import check_queue
 
 
 class Place(NamedTuple):
@@ -92,7 +92,7 @@ class Pools:
             try:
                 name = pattern.removeprefix(NOT)
                 if name != EVERY:
-                    check_options(queue=name.removesuffix(EVERY), error=ConfigurationError)
+                    check_queue(name.removesuffix(EVERY), ConfigurationError)
                 if weighted and (not weight.isdecimal() or int(weight) < 1 or pattern != name):
                     raise ConfigurationError(f"{item!r}: wanted QUEUE@N with N 1 or more")
                 if name in self._places or NOT + name in self._places:

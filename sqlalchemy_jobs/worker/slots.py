@@ -151,6 +151,16 @@ class Slots:
             self._waiting_count -= len(withdrawn)
         return withdrawn
 
+    def withdraw_if(self, condition: Callable[[Run], bool]) -> list[Run]:
+        """Take those back that wait and of which it is true; they stay owned until they are settled."""
+        withdrawn = []
+        with self._lock:
+            for queue, waiting in self._waiting.items():
+                withdrawn += [run for _, run in waiting if condition(run)]
+                self._waiting[queue] = deque(each for each in waiting if not condition(each[1]))
+            self._waiting_count -= len(withdrawn)
+        return withdrawn
+
     def ended(self, run: Run) -> bool:
         """Free the slot of a run whose handler has ended; False when it was given up before."""
         with self._lock:

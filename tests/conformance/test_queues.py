@@ -1,19 +1,41 @@
 """Queues: pools of them in one worker, and what holds for them at run time."""
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session, sessionmaker
 
-from sqlalchemy_jobs import Job, JobApp, Worker, current_run, enqueue_many, job, transitions
+from sqlalchemy_jobs import (
+    Job,
+    JobApp,
+    Kind,
+    Queue,
+    Worker,
+    current_run,
+    enqueue,
+    enqueue_many,
+    job,
+    pause_kind,
+    pause_queue,
+    resume_kind,
+    resume_queue,
+    set_queue,
+    transitions,
+)
 from sqlalchemy_jobs.claims import Claim, Wanted
+from sqlalchemy_jobs.errors import ControlError
 from sqlalchemy_jobs.worker import claiming
 from sqlalchemy_jobs.worker.maintenance import find_unserved
+from tests.conformance.test_poison import until
 from tests.conformance.test_transitions import Bench
 from tests.databases import Database
 
@@ -21,6 +43,18 @@ from tests.databases import Database
 @job("errand")
 @dataclass(frozen=True)
 class Errand:
+    n: int = 0
+
+
+@job("other")
+@dataclass(frozen=True)
+class Other:
+    n: int = 0
+
+
+@job("renamed", aliases=["once_so"])
+@dataclass(frozen=True)
+class Renamed:
     n: int = 0
 
 
@@ -127,3 +161,146 @@ def test_a_queue_that_a_worker_serves_by_a_pattern_is_not_reported(
         while worker._parts is None or worker._parts._lease.worker_id is None:
             threading.Event().wait(0.01)
         assert bench.do(find_unserved) == {("bulk", None), ("default", None)}
+
+
+# --- pausing --------------------------------------------------------------------------------------
+
+IN_FORCE = 2.0
+"""Seconds within which every worker heeds a commit, by the promise."""
+BUSY_MACHINE = 6.0
+"""Seconds more, for the tests that run beside this one."""
+
+
+@dataclass(frozen=True)
+class Pausing:
+    """One way to hold up the errands of the queue "mail"."""
+
+    pause: Callable[[Session], bool]
+    resume: Callable[[Session], bool]
+
+
+WAYS = {
+    "queue": Pausing(lambda s: pause_queue(s, "mail"), lambda s: resume_queue(s, "mail")),
+    "kind": Pausing(lambda s: pause_kind(s, "errand"), lambda s: resume_kind(s, "errand")),
+}
+
+
+@pytest.fixture(params=WAYS)
+def pausing(request: pytest.FixtureRequest) -> Pausing:
+    return WAYS[request.param]
+
+
+def test_pausing_and_resuming_tell_whether_they_changed_anything(
+    database: Database, pausing: Pausing
+) -> None:
+    sessions = database.sessions()
+    with sessions.begin() as session:
+        assert not pausing.resume(session)
+        assert pausing.pause(session)
+        assert not pausing.pause(session)
+    with sessions() as session:
+        assert not pausing.pause(session)
+        assert pausing.resume(session)
+        assert pausing.pause(session)
+        assert pausing.resume(session)
+        session.rollback()
+        assert not pausing.pause(session)
+
+
+def test_the_row_that_a_session_knows_shows_the_change(database: Database) -> None:
+    with database.sessions().begin() as session:
+        session.add_all([Queue(name="mail"), Kind(name="errand")])
+        session.flush()
+        queue, kind = session.get_one(Queue, "mail"), session.get_one(Kind, "errand")
+        assert pause_queue(session, "mail") and pause_kind(session, "errand")
+        assert queue.paused and kind.paused
+
+
+def test_two_that_pause_at_once_both_succeed(row_locks: Database) -> None:
+    sessions = row_locks.sessions()
+    with sessions.begin() as first, ThreadPoolExecutor() as pool:
+        assert pause_queue(first, "mail")
+
+        def second() -> bool:
+            with sessions.begin() as session:
+                return pause_queue(session, "mail")
+
+        changed = pool.submit(second)
+        with pytest.raises(TimeoutError):
+            changed.result(0.2)
+        first.commit()
+        assert not changed.result(20)
+
+
+def test_of_what_is_paused_nothing_begins_and_the_rest_goes_on(
+    database: Database, pausing: Pausing
+) -> None:
+    """A worker that drains does not wait for it; and aliases are paused with their kind."""
+    add(database, 3, "mail")
+    app = App(database)
+    app.handler(Other)(lambda session, payload: app.ran.append("other"))
+    with database.sessions().begin() as session:
+        pausing.pause(session)
+        session.add(enqueue(Other(), queue="default"))
+    assert Worker(app, drain=True).run()
+    assert app.ran == ["other"]
+    with database.sessions().begin() as session:
+        assert pausing.resume(session)
+    assert Worker(app, drain=True).run()
+    assert app.ran == ["other"] + ["mail"] * 3
+
+
+def test_a_kind_is_paused_under_its_aliases_too(database: Database) -> None:
+    with database.sessions().begin() as session:
+        session.add(enqueue(Renamed()))
+        session.flush()
+        session.execute(update(Job).values(kind="once_so"))
+        pause_kind(session, "renamed")
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    app.handler(Renamed)(lambda session, payload: None)
+    assert Worker(app, drain=True).run()
+    with database.sessions()() as session:
+        assert session.scalars(select(Job.state)).all() == ["ready"]
+
+
+def test_a_pause_is_in_force_in_every_worker_within_two_seconds_and_a_resume_wakes_them(
+    database: Database, pausing: Pausing
+) -> None:
+    """What is running goes on; what waits in a worker goes back."""
+    sessions = database.sessions()
+    apps = [App(database), App(database)]
+    add(database, 6000, "mail")
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(app.worker(concurrency=2, poll_interval=timedelta(seconds=0.5)))
+            for app in apps
+        ]
+        until(lambda: all(len(app.ran) > 20 for app in apps) or _left(sessions) == 0)
+        with sessions.begin() as session:
+            pausing.pause(session)
+        paused_at = time.monotonic()
+        until(lambda: all(worker._parts.slots.is_idle() for worker in workers if worker._parts))
+        assert time.monotonic() - paused_at < IN_FORCE + BUSY_MACHINE
+        ran = [len(app.ran) for app in apps]
+        assert _left(sessions) > 0, "the workers were too quick for this test"
+        with sessions() as session:
+            assert set(session.scalars(select(Job.state))) <= {"ready", "succeeded"}
+        threading.Event().wait(0.3)
+        assert [len(app.ran) for app in apps] == ran
+        with sessions.begin() as session:
+            assert pausing.resume(session)
+        until(lambda: sum(len(app.ran) for app in apps) > sum(ran))
+
+
+def _left(sessions: sessionmaker[Session]) -> int:
+    with sessions() as session:
+        return session.scalar(select(func.count()).where(Job.state == "ready")) or 0
+
+
+@pytest.mark.parametrize("name", ["", "mail.*", "!mail", "x" * 101, None])
+def test_only_what_can_be_a_name_is_paused(database: Database, name: Any) -> None:
+    with database.sessions().begin() as session:
+        for refuse in (pause_queue, pause_kind, set_queue):
+            with pytest.raises(ControlError, match="wanted 1 to"):
+                refuse(session, name)
+        assert session.scalar(select(func.count()).select_from(Queue)) == 0

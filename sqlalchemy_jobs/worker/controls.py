@@ -1,0 +1,117 @@
+"""What holds for queues and kinds at run time, as the worker has read it: their rows in ``Queue`` and ``Kind``."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import literal_column, null, select, union_all
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs.app import Handler
+from sqlalchemy_jobs.queues import fault_of
+from sqlalchemy_jobs.tables import TO_JOB, kinds, queues
+
+log = logging.getLogger("sqlalchemy_jobs")
+
+BELIEVED = 1.0
+"""Seconds for which a worker that claims believes what it has read."""
+
+_READ = union_all(
+    select(
+        literal_column("1").label("is_queue"),
+        *queues.c["name", "paused", "concurrency", "rate", "strategy", "ageing"],
+    ),
+    select(literal_column("0"), *kinds.c["name", "paused"], null(), null(), null(), null()).where(
+        kinds.c.paused
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueControl:
+    """What holds for a queue."""
+
+    paused: bool = False
+    concurrency: int | None = None
+    """How many of its jobs may run at once, in all workers; None: as many as they have room for."""
+    rate: str | None = None
+    """How many of its jobs may begin in a time; None: as many as there are."""
+    ageing: float | None = None
+    """Seconds of waiting that make up for one step of priority, 0 by time alone; None: none do."""
+
+
+DEFAULT = QueueControl()
+
+
+class Controls:
+    """The rows as they were read at most a second ago, for a worker that claims. For the claimer's thread."""
+
+    def __init__(self, handlers: Mapping[str, Handler]) -> None:
+        self._handlers = handlers
+        self._read_at = -math.inf
+        self._queues: dict[str, QueueControl] = {}
+        self.paused_kinds: list[str] = []
+        """Of those that it has handlers for: with its kind a class's aliases are paused."""
+        self.kinds = list(handlers)
+        """The others, which it claims."""
+        self._faults: dict[str, str] = {}
+
+    @property
+    def believed_for(self) -> float:
+        """For how many seconds more they need not be read again."""
+        return self._read_at + BELIEVED - time.monotonic()
+
+    def read(self, session: Session) -> bool:
+        """Read them again, if it is time to; True when something has changed."""
+        if self.believed_for > 0:
+            return False
+        began_at = time.monotonic()
+        rows = session.execute(_READ, bind_arguments=TO_JOB).all()
+        before = self._queues, self.paused_kinds
+        of_queues = [row for row in rows if row.is_queue]
+        paused = {row.name for row in rows if not row.is_queue}
+        self._queues = {row.name: control_of(row) for row in of_queues}
+        self.paused_kinds, self.kinds = [], []
+        for kind, handler in self._handlers.items():
+            is_paused = kind in paused or handler.declaration.kind in paused
+            (self.paused_kinds if is_paused else self.kinds).append(kind)
+        self._read_at = began_at
+        self._tell(
+            {row.name: fault for row in of_queues if (fault := fault_of(row.strategy, row.ageing))}
+        )
+        return before != (self._queues, self.paused_kinds)
+
+    def queue(self, name: str) -> QueueControl:
+        """Return what holds for a queue."""
+        return self._queues.get(name, DEFAULT)
+
+    @property
+    def paused_queues(self) -> list[str]:
+        return [name for name, control in self._queues.items() if control.paused]
+
+    def is_paused(self, queue: str, kind: str) -> bool:
+        """Tell whether a job must not begin."""
+        return self.queue(queue).paused or kind in self.paused_kinds
+
+    def _tell(self, faults: dict[str, str]) -> None:
+        for name, fault in faults.items():
+            if self._faults.get(name) != fault:
+                log.error(
+                    'the row of queue "%s" has %s; until `sajobs queues set` mends it, the queue goes by priority',
+                    name,
+                    fault,
+                )
+        self._faults = faults
+
+
+def control_of(row: Any) -> QueueControl:
+    """Return what a row of ``Queue`` says; where its order makes no sense, the default."""
+    ageing = 0.0 if row.strategy == "fifo" else row.ageing
+    if fault_of(row.strategy, row.ageing):
+        ageing = None
+    return QueueControl(bool(row.paused), row.concurrency, row.rate, ageing)
