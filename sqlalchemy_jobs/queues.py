@@ -98,7 +98,7 @@ def set_queue(
         raise ControlError(fault)
     session = _plain(session)
     _change(session, queues, name, values)
-    bell.ring(session, [name])  # it may let begin what waited
+    bell.ring(session)
 
 
 def fault_of(strategy: object, ageing: float | None) -> str | None:
@@ -118,8 +118,8 @@ def _set_paused(
 ) -> bool:
     session = _plain(session)
     changed = _change(session, table, name, {"paused": paused}, table.c.paused.is_not(paused))
-    if changed and not paused:
-        bell.ring(session, [name] if table is queues else [])
+    if changed:
+        bell.ring(session)
     return changed
 
 

@@ -160,6 +160,7 @@ class Claimer:
             return SHORTEST_PAUSE
         if self._wakeup.was_turned_on():
             self._idle_polls = 0
+            self._controls.expired = True
         elif (early := self._too_early()) > 0:
             return early
         self._reconcile(worker_id)
@@ -223,6 +224,11 @@ class Claimer:
         self._asleep_until = time.monotonic() + wait
         return wait
 
+    def rung(self, queue: str) -> None:
+        """Take note of the bell; from another thread. Rung for no queue, it may be that what holds for them has changed."""
+        if not queue:
+            self._controls.expired = True
+
     def _heed(self, session: Session) -> None:
         """Read what holds for queues and kinds, if it is time to, and go by it."""
         if self._controls.read(session):
@@ -269,7 +275,9 @@ class Claimer:
     def _claim(
         self, session: Session, worker_id: uuid.UUID, ahead: Mapping[str, int], guesses: bool
     ) -> tuple[list[Claim], int]:
-        self._heed(session)
+        # Who changes what holds for a queue rings the bell: while it is heard, it need not be read at the first ring.
+        if self._controls.expired or not (guesses and self._wakeup.is_on):
+            self._heed(session)
         found = self._guess_lanes() if guesses else self._find_lanes(session)
         lanes, kinds = self._unpaused(found), self._controls.kinds
         if not kinds:

@@ -54,6 +54,8 @@ class Controls:
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self._handlers = handlers
         self._read_at = -math.inf
+        self.expired = True
+        """Whether someone has said, from any thread, that they have changed."""
         self._queues: dict[str, QueueControl] = {}
         self.paused_kinds: list[str] = []
         """Of those that it has handlers for: with its kind a class's aliases are paused."""
@@ -68,9 +70,10 @@ class Controls:
 
     def read(self, session: Session) -> bool:
         """Read them again, if it is time to; True when something has changed."""
-        if self.believed_for > 0:
+        if self.believed_for > 0 and not self.expired:
             return False
         began_at = time.monotonic()
+        self.expired = False  # what changes from here on is said again
         rows = session.execute(_READ, bind_arguments=TO_JOB).all()
         before = self._queues, self.paused_kinds
         of_queues = [row for row in rows if row.is_queue]

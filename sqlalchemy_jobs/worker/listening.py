@@ -23,7 +23,7 @@ CHECK = 30.0
 
 
 class Listener:
-    """The step of a loop: hears the bell in a session of its own, and calls ``rung``.
+    """The step of a loop: hears the bell in a session of its own, and calls ``rung`` with the queue.
 
     Where that cannot be, the worker polls: behind a pooler notifications would reach some other client.
     """
@@ -35,7 +35,7 @@ class Listener:
         locks: SessionLocks,
         serves: Callable[[str], bool],
         wakeup: Wakeup,
-        rung: Callable[[], None],
+        rung: Callable[[str], None],
     ) -> None:
         self._control = control
         self._make_ear = ear
@@ -107,4 +107,4 @@ class Listener:
 
     def _on_ring(self, queue: str) -> None:
         if not queue or self._serves(queue):
-            self._rung()
+            self._rung(queue)

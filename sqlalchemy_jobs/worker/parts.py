@@ -104,7 +104,7 @@ class Parts:
                     locks,
                     settings.pools.serves,
                     self._wakeup,
-                    lambda: self._claiming.wake(),
+                    self._on_rung,
                 )
         self._lease = Lease(
             self._lease_control,
@@ -334,6 +334,10 @@ class Parts:
             assert self._threads is not None
             self._threads.replace(run)
         self._start_waiting()
+
+    def _on_rung(self, queue: str) -> None:
+        self._claimer.rung(queue)
+        self._claiming.wake()
 
     def _on_change(self) -> None:
         self._claiming.wake()

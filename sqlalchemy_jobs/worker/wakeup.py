@@ -35,6 +35,11 @@ class Wakeup:
         """Whether the row should say that the bell is on."""
         return self._hears and not self._is_busy
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the row says that the bell is on, and it is heard."""
+        return self._is_on
+
     def hears(self, hears: bool) -> None:
         """Take note that notifications arrive, or that they do not any more."""
         has_changed = hears != self._hears

@@ -29,7 +29,9 @@ from sqlalchemy_jobs import (
     enqueue,
     enqueue_many,
     job,
+    pause_queue,
     requeue,
+    resume_queue,
 )
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.dialects import postgresql as pg
@@ -692,6 +694,27 @@ def test_a_worker_that_has_no_room_turns_its_bell_off_and_on_again(
         it.sleep()
         add(sessions, 3)
         it.runs(3)
+
+
+@pytest.mark.usefixtures("few_polls")
+def test_a_pause_is_heard_by_a_worker_that_would_claim_before_it_reads(
+    postgresql: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = postgresql.sessions()
+    with asleep(sessions, monkeypatch) as it:
+        add(sessions, 1)
+        it.runs(1)
+        it.waits.clear()
+        it.sleep()
+        with sessions.begin() as session:
+            pause_queue(session, "default")
+        add(sessions, 2)
+        add(sessions, 3, queue="other")
+        it.runs(3)
+        assert 2 not in it.ran
+        with sessions.begin() as session:
+            resume_queue(session, "default")
+        it.runs(2)
 
 
 @pytest.mark.usefixtures("few_polls")
