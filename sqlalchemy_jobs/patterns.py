@@ -31,6 +31,11 @@ def is_served(pattern: str | None) -> bool:
     return pattern is not None and not pattern.startswith(NOT)
 
 
+def is_name(pattern: str) -> bool:
+    """Tell whether it is the name of one queue that is served."""
+    return is_served(pattern) and not pattern.endswith(EVERY)
+
+
 def fitting(patterns: Iterable[str], column: ColumnElement[str]) -> ColumnElement[bool]:
     """Return the condition that the queue in a column is served."""
     served: ColumnElement[Any] = literal_column("1")

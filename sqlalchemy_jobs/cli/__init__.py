@@ -6,6 +6,7 @@ import click
 
 from sqlalchemy_jobs.cli.config import CONTEXT
 from sqlalchemy_jobs.cli.migrations import migrate, migration
+from sqlalchemy_jobs.cli.queues import kinds, queues
 from sqlalchemy_jobs.cli.worker import worker
 
 
@@ -19,5 +20,5 @@ def main() -> None:
     """
 
 
-for command in (worker, migrate, migration):
+for command in (worker, queues, kinds, migrate, migration):
     main.add_command(command)

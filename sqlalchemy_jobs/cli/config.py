@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ class Configured(click.Command):
             if option.startswith("--") and parameter.name
         }
         # A key may be another command's.
-        group = getattr(parent, "command", None)
+        root = None if parent is None else parent.find_root().command
         of_others = {
             option.removeprefix("--")
-            for command in getattr(group, "commands", {}).values()
+            for command in _commands(root)
             for parameter in command.params
             for option in parameter.opts
         }
@@ -75,6 +76,19 @@ class Configured(click.Command):
             for key, value in settings.items()
             if key in names
         }
+
+
+class ConfiguredGroup(Configured, click.Group):
+    """A command with commands of its own."""
+
+    command_class = Configured
+
+
+def _commands(command: click.Command | None) -> Iterator[click.Command]:
+    """Yield a group's commands, and theirs."""
+    for each in getattr(command, "commands", {}).values():
+        yield each
+        yield from _commands(each)
 
 
 def _as_options(key: str, value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from sqlalchemy_jobs.errors import ConfigurationError
-from sqlalchemy_jobs.patterns import EVERY, NOT, is_served, most_specific
+from sqlalchemy_jobs.patterns import EVERY, NOT, is_name, is_served, most_specific
 from sqlalchemy_jobs.payloads import check_queue
 
 
@@ -49,8 +49,8 @@ class Pools:
     @property
     def names(self) -> list[str]:
         """The queues that are served, where all of them are known by name; else none."""
-        named = [each for each in self._places if is_served(each)]
-        return [] if any(each.endswith(EVERY) for each in named) else named
+        served = [each for each in self._places if is_served(each)]
+        return served if all(map(is_name, served)) else []
 
     def place(self, queue: str) -> Place | None:
         """Return where a queue stands; None: it is not served."""
