@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Due, Lane, Wanted
+from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Due, Lane, Mark, Wanted
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.errors import UnsupportedServer
 from sqlalchemy_jobs.states import JobState, WorkerState
@@ -236,6 +236,22 @@ class Dialect(ABC):
             )
         ]
 
+    def starts(
+        self, session: Session, lanes: Iterable[Lane], kinds: Sequence[str]
+    ) -> dict[Lane, Mark]:
+        """Return where the due jobs of these kinds begin in each lane, or if there is none, where the others end."""
+        found = {}
+        for queue, priority in lanes:
+            lane = {"of_queue": queue, "of_priority": priority}
+            for statement in (self._first_due, self._last_due):
+                row = session.execute(
+                    statement, lane | {"kinds": kinds}, bind_arguments=TO_JOB
+                ).first()
+                if row is not None:
+                    found[queue, priority] = row.run_at, row.id
+                    break
+        return found
+
     # Statements are made once: making one costs more than executing it.
 
     @cached_property
@@ -245,6 +261,24 @@ class Dialect(ABC):
         head = self._due_in_lane(select(jobs.c.kind, jobs.c.crashes), now).limit(HEAD).subquery()
         return select(
             exists().where(head.c.crashes >= ALONE_FROM, head.c.kind.not_in(_NEVER_ALONE))
+        )
+
+    @cached_property
+    def _first_due(self) -> Any:
+        now = select(server_now()).scalar_subquery()
+        return self._due_in_lane(select(jobs.c.run_at, jobs.c.id), now).limit(1)
+
+    @cached_property
+    def _last_due(self) -> Any:
+        return (
+            self._by_ready_index(select(jobs.c.run_at, jobs.c.id))
+            .where(
+                jobs.c.queue == bindparam("of_queue"),
+                jobs.c.priority == bindparam("of_priority"),
+                jobs.c.run_at <= select(server_now()).scalar_subquery(),
+            )
+            .order_by(jobs.c.run_at.desc(), jobs.c.id.desc())
+            .limit(1)
         )
 
     @cached_property

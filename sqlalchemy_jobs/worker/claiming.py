@@ -140,6 +140,9 @@ class Claimer:
         self._last_lanes: dict[Lane, None] = {}
         self._lanes: Collection[Lane] = ()
         self._marks: dict[Lane, Mark] = {}
+        self._starts: dict[Lane, Mark] = {}
+        """Where each lane begins behind jobs of paused kinds."""
+        self._starts_until = 0.0
         self._sweep_at = 0.0
         self._next_due = math.inf
         self._pools = settings.pools
@@ -180,9 +183,9 @@ class Claimer:
                 min(self._poll, self._controls.believed_for) if self._slots.waiting else self._poll
             )
         if self._was_ahead and not ahead:
-            self._marks = {}  # what a claim ahead passes by lies before them
+            self._marks = dict(self._starts)  # what a claim ahead passes by lies before the marks
         self._was_ahead = bool(ahead)
-        began_at, marked = time.monotonic(), bool(self._marks)
+        began_at, marked = time.monotonic(), self._marks != self._starts
         # Woken from its sleep: most likely there is another job like the last ones.
         guesses = began_at < self._asleep_until and bool(self._last_lanes)
         self._asleep_until = 0.0
@@ -232,10 +235,18 @@ class Claimer:
     def _heed(self, session: Session) -> None:
         """Read what holds for queues and kinds, if it is time to, and go by it."""
         if self._controls.read(session):
+            self._starts, self._starts_until = {}, 0.0
             self._marks = {}  # what was paused lies before them
             self._give_back(
                 self._slots.withdraw_if(lambda run: self._controls.is_paused(run.queue, run.kind))
             )
+
+    def _pass_paused_kinds(self, session: Session, lanes: Collection[Lane]) -> None:
+        """Look now and then where the lanes begin for this worker: a claim is not to read what it must not take."""
+        kinds, began_at = self._controls.kinds, time.monotonic()
+        if self._controls.paused_kinds and kinds and began_at >= self._starts_until:
+            self._starts = dialects.of(session).starts(session, lanes, kinds)
+            self._starts_until = max(began_at + SWEEP, _rested(began_at))
 
     def _unpaused(self, lanes: Iterable[Lane]) -> list[Lane]:
         return [lane for lane in lanes if not self._controls.queue(lane[0]).paused]
@@ -312,7 +323,7 @@ class Claimer:
         else:
             self._clearing.end()
             alone = replace(wanted, lanes=suspects or lanes, total=1, suspects=True, ahead=False)
-            claims = transitions.claim(session, replace(alone, marks={}))
+            claims = transitions.claim(session, replace(alone, marks=self._starts))
         return claims, asked
 
     def _fill(self, worker_id: uuid.UUID, claims: list[Claim]) -> Iterator[list[Claim]]:
@@ -366,12 +377,15 @@ class Claimer:
         found = dialects.of(session).lanes(session, self._pools.names)
         found = {lane: due for lane, due in found.items() if self._pools.serves(lane[0])}
         now = time.monotonic()
-        self._lanes, self._marks, self._sweep_at = found.keys(), {}, now + SWEEP
+        self._lanes, self._sweep_at = found.keys(), now + SWEEP
         if any(
             due.first <= 0 or self._controls.queue(lane[0]).paused for lane, due in found.items()
         ):
             self._heed(session)
-        open_now = [found[lane] for lane in self._unpaused(found)]
+        open_lanes = self._unpaused(found)
+        self._pass_paused_kinds(session, open_lanes)
+        self._marks = dict(self._starts)
+        open_now = [found[lane] for lane in open_lanes]
         later = [due.next for due in open_now if due.next is not None]
         self._next_due = now + min(later, default=math.inf)
         return any(due.first <= 0 for due in open_now)
@@ -382,11 +396,9 @@ class Claimer:
         What is committed late, with an earlier ``run_at``, is found by the next claim from the beginning.
         """
         if not claims:
-            self._marks = {}
-        elif not self._marks:
-            now = time.monotonic()
-            rest = min(SWEEPS_SHARE * (now - began_at), LONGEST_SWEEP)
-            self._sweep_at = max(self._sweep_at, now + rest)
+            self._marks = dict(self._starts)
+        elif self._marks == self._starts:
+            self._sweep_at = max(self._sweep_at, _rested(began_at))
         for each in claims:  # in the order of each lane
             assert each.run_at is not None
             self._marks[each.queue, each.priority] = each.run_at, each.job_id
@@ -417,3 +429,9 @@ class Claimer:
             log.warning("jobs that a lost connection had left behind, released: %d", len(released))
         self._losses_seen, self._reconciled_at = losses, now
         self._has_claimed = bool(owned)
+
+
+def _rested(began_at: float) -> float:
+    """Return when to read from the beginning again, where it may take long to pass what others have left behind."""
+    now = time.monotonic()
+    return now + min(SWEEPS_SHARE * (now - began_at), LONGEST_SWEEP)

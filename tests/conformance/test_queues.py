@@ -297,6 +297,31 @@ def _left(sessions: sessionmaker[Session]) -> int:
         return session.scalar(select(func.count()).where(Job.state == "ready")) or 0
 
 
+def test_a_backlog_of_a_paused_kind_is_not_read_by_each_claim(
+    database: Database, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim begins behind it, also where there is nothing else, and finds what comes later."""
+    add(database, 300, "default")
+    app = App(database)
+    ran = threading.Semaphore(0)
+    app.handler(Other)(lambda session, payload: ran.release())
+    with database.sessions().begin() as session:
+        pause_kind(session, "errand")
+        ids = enqueue_many(session, [Other()])
+    wanted: list[Wanted] = []
+    claim = transitions.claim
+    monkeypatch.setattr(transitions, "claim", lambda s, w: wanted.append(w) or claim(s, w))
+    with app.worker(poll_interval=timedelta(seconds=0.05)):
+        for _ in range(3):
+            assert ran.acquire(timeout=20)
+            with database.sessions().begin() as session:
+                ids += enqueue_many(session, [Other()])
+        assert ran.acquire(timeout=20)
+    first = bench.job(ids[0])
+    assert not app.ran
+    assert all(each.marks["default", 0] >= (first.run_at, first.id) for each in wanted)
+
+
 @pytest.mark.parametrize("name", ["", "mail.*", "!mail", "x" * 101, None])
 def test_only_what_can_be_a_name_is_paused(database: Database, name: Any) -> None:
     with database.sessions().begin() as session:
