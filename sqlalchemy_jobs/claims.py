@@ -43,6 +43,8 @@ class Wanted:
     """How many jobs in all."""
     pools: Mapping[str, str] = field(default_factory=dict)
     """Which queues share their room, by the name of their pool; a queue that has none here has room of its own."""
+    shares: Mapping[Lane, int] = field(default_factory=dict)
+    """How many jobs of a lane at most, where the queue does not go by priority."""
     marks: Mapping[Lane, Mark] = field(default_factory=dict)
     """Where to begin to look in a lane: what is due before was claimed, and its remains need not be read again."""
     suspects: bool = False

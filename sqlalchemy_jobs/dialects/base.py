@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
@@ -24,6 +25,7 @@ from sqlalchemy import (
     or_,
     select,
     type_coerce,
+    union_all,
     update,
 )
 from sqlalchemy.exc import DBAPIError
@@ -57,6 +59,7 @@ CLAIMED = (
     jobs.c.run_at,
 )
 
+_LONG_AGO = datetime(1, 1, 1, tzinfo=UTC)
 _NEVER_ALONE: BindParameter[Any] = bindparam("never_alone", expanding=True)
 _ALIVE = (
     select(workers.c.id)
@@ -205,7 +208,8 @@ class Dialect(ABC):
         rooms = wanted.rooms()
         for queue, priority in wanted.in_turn():
             pool = wanted.pool(queue)
-            limit = min(rooms[pool], wanted.total - len(rows))
+            share = wanted.shares.get((queue, priority), wanted.total)
+            limit = min(rooms[pool], wanted.total - len(rows), share)
             if limit > 0:
                 lane = {"of_queue": queue, "of_priority": priority, "most": limit}
                 due = self._due_suspect if wanted.suspects else self._due
@@ -252,6 +256,32 @@ class Dialect(ABC):
                     break
         return found
 
+    def shares(
+        self,
+        session: Session,
+        queue: str,
+        priorities: Sequence[int],
+        ageing: float,
+        kinds: Sequence[str],
+        room: int,
+        marks: Mapping[Lane, Mark],
+    ) -> dict[Lane, int]:
+        """Return how many of a queue's next jobs are of each of its lanes, where age makes up for priority.
+
+        That is, by ``run_at`` and so many seconds for each step of priority. It locks nothing: what others take
+        meanwhile is made up for by the next jobs of the lane.
+        """
+        wanted: dict[str, Any] = {"of_queue": queue, "kinds": kinds, "most": room}
+        for number, priority in enumerate(priorities):
+            mark = marks.get((queue, priority), (_LONG_AGO, None))
+            wanted |= {f"priority_{number}": priority, f"since_{number}": mark[0]}
+        due = session.execute(
+            self._due_in_lanes(len(priorities)), wanted, bind_arguments=TO_JOB
+        ).all()
+        ages = sorted((row.run_at.timestamp() + ageing * row.priority, row.priority) for row in due)
+        counts = Counter(priority for _, priority in ages[:room])
+        return {(queue, priority): counts[priority] for priority in priorities}
+
     # Statements are made once: making one costs more than executing it.
 
     @cached_property
@@ -262,6 +292,26 @@ class Dialect(ABC):
         return select(
             exists().where(head.c.crashes >= ALONE_FROM, head.c.kind.not_in(_NEVER_ALONE))
         )
+
+    def _due_in_lanes(self, count: int) -> Any:
+        """Select the first due jobs of each of so many lanes of a queue."""
+        if count not in self._of_lanes:
+            self._of_lanes[count] = union_all(*map(self._due_in_one_of, range(count)))
+        return self._of_lanes[count]
+
+    @cached_property
+    def _of_lanes(self) -> dict[int, Any]:
+        return {}
+
+    def _due_in_one_of(self, number: int) -> Any:
+        first = self._by_ready_index(select(jobs.c.priority, jobs.c.run_at)).where(
+            jobs.c.queue == bindparam("of_queue"),
+            jobs.c.priority == bindparam(f"priority_{number}"),
+            jobs.c.run_at <= select(server_now()).scalar_subquery(),
+            jobs.c.run_at >= bindparam(f"since_{number}"),
+            jobs.c.kind.in_(bindparam("kinds", expanding=True)),
+        )
+        return select(first.order_by(jobs.c.run_at).limit(bindparam("most")).subquery())
 
     @cached_property
     def _first_due(self) -> Any:

@@ -109,8 +109,9 @@ WHERE id = ANY (ARRAY(
   CROSS JOIN LATERAL (
     SELECT due.id
     FROM unnest(CAST(:lane_pools AS varchar[]), CAST(:lane_queues AS varchar[]),
-        CAST(:lane_priorities AS smallint[]), CAST(:mark_run_ats AS bigint[]), CAST(:mark_ids AS uuid[]))
-      AS lane (pool, queue, priority, run_at, id)
+        CAST(:lane_priorities AS smallint[]), CAST(:lane_shares AS int[]),
+        CAST(:mark_run_ats AS bigint[]), CAST(:mark_ids AS uuid[]))
+      AS lane (pool, queue, priority, share, run_at, id)
     CROSS JOIN LATERAL (
       SELECT job.id FROM {jobs} job
       WHERE job.state = 'ready' AND job.limit_key IS NULL
@@ -121,7 +122,7 @@ WHERE id = ANY (ARRAY(
         AND (job.crashes = 0 OR NOT :ahead)
         AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
         {and_keys_are_free}
-      ORDER BY job.run_at, job.id LIMIT wanted.room FOR NO KEY UPDATE SKIP LOCKED) due
+      ORDER BY job.run_at, job.id LIMIT lane.share FOR NO KEY UPDATE SKIP LOCKED) due
     WHERE lane.pool = wanted.pool LIMIT wanted.room) taken
   LIMIT :total))
 RETURNING id, attempt, kind, queue, CAST(payload AS text) AS payload, failures, max_attempts, headers, crashes, priority,
@@ -214,6 +215,7 @@ def _claim(schema: str | None, free_slots: bool) -> TextualSelect:
             bindparam("lane_pools", type_=ARRAY(String)),
             bindparam("lane_queues", type_=ARRAY(String)),
             bindparam("lane_priorities", type_=ARRAY(SmallInteger)),
+            bindparam("lane_shares", type_=ARRAY(Integer)),
             bindparam("mark_run_ats", type_=ARRAY(BigInteger)),
             bindparam("mark_ids", type_=ARRAY(Uuid())),
             bindparam("kinds", type_=ARRAY(String)),
@@ -289,6 +291,7 @@ class PostgreSQL(Dialect):
                 "lane_pools": [wanted.pool(queue) for queue, _ in lanes],
                 "lane_queues": [queue for queue, _ in lanes],
                 "lane_priorities": [priority for _, priority in lanes],
+                "lane_shares": [wanted.shares.get(lane, wanted.room[lane[0]]) for lane in lanes],
                 "mark_run_ats": [run_at for run_at, _ in marks],
                 "mark_ids": [job_id for _, job_id in marks],
                 "kinds": list(wanted.kinds),

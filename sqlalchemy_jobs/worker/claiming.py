@@ -314,6 +314,8 @@ class Claimer:
             durable=self._control.durable,
             ahead=bool(ahead),
         )
+        if shares := self._shares(session, wanted):
+            wanted = replace(wanted, shares=shares)
         suspects = self._clearing.lanes(session, wanted)
         if suspects:
             self._slots.wake_at = math.inf
@@ -322,9 +324,29 @@ class Claimer:
             self._clearing.begin_if_needed(session, wanted)
         else:
             self._clearing.end()
-            alone = replace(wanted, lanes=suspects or lanes, total=1, suspects=True, ahead=False)
+            alone = replace(
+                wanted, lanes=suspects or lanes, total=1, suspects=True, ahead=False, shares={}
+            )
             claims = transitions.claim(session, replace(alone, marks=self._starts))
         return claims, asked
+
+    def _shares(self, session: Session, wanted: Wanted) -> dict[Lane, int]:
+        """Return how many jobs of each lane come next, in queues that do not go by priority alone."""
+        shares: dict[Lane, int] = {}
+        for queue, room in wanted.room.items():
+            ageing = self._controls.queue(queue).ageing
+            priorities = [priority for name, priority in wanted.lanes if name == queue]
+            if ageing is not None and len(priorities) > 1:
+                shares |= dialects.of(session).shares(
+                    session,
+                    queue,
+                    priorities,
+                    ageing,
+                    wanted.kinds,
+                    min(room, wanted.total),
+                    wanted.marks,
+                )
+        return shares
 
     def _fill(self, worker_id: uuid.UUID, claims: list[Claim]) -> Iterator[list[Claim]]:
         """Claim and yield what makes a full batch of each of these jobs; take what is there, and wait for no more.
