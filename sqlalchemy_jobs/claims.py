@@ -5,14 +5,16 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple, TypeAlias
 
 from msgspec import Struct
 
 Lane: TypeAlias = tuple[str, int]
 """A queue and a priority: jobs of one lane are claimed by time."""
-Mark: TypeAlias = tuple[Any, uuid.UUID]
-"""``run_at``, as the dialect's claim returned it, and id of a job."""
+Mark: TypeAlias = tuple[datetime, uuid.UUID]
+"""``run_at`` and id of a job."""
+_EPOCH = datetime.fromtimestamp(0, UTC)
 
 
 class Due(NamedTuple):
@@ -94,5 +96,13 @@ class Claim(Struct, frozen=True, gc=False):
     headers: Mapping[str, str] | None = None
     crashes: int = 0
     priority: int = 0
-    run_at: Any = None
-    """For a ``Mark``, and nothing else."""
+    run_at: datetime | int | None = None
+    """As the dialect reads it; a number is of microseconds."""
+
+    @property
+    def mark(self) -> Mark:
+        """Where the next claim of its lane may begin to look."""
+        if isinstance(self.run_at, int):
+            return _EPOCH + timedelta(microseconds=self.run_at), self.job_id
+        assert self.run_at is not None
+        return self.run_at, self.job_id

@@ -110,14 +110,13 @@ WHERE id = ANY (ARRAY(
     SELECT due.id
     FROM unnest(CAST(:lane_pools AS varchar[]), CAST(:lane_queues AS varchar[]),
         CAST(:lane_priorities AS smallint[]), CAST(:lane_shares AS int[]),
-        CAST(:mark_run_ats AS bigint[]), CAST(:mark_ids AS uuid[]))
+        CAST(:mark_run_ats AS timestamptz[]), CAST(:mark_ids AS uuid[]))
       AS lane (pool, queue, priority, share, run_at, id)
     CROSS JOIN LATERAL (
       SELECT job.id FROM {jobs} job
       WHERE job.state = 'ready' AND job.limit_key IS NULL
         AND job.queue = lane.queue AND job.priority = lane.priority AND job.run_at <= now()
-        AND (job.run_at, job.id) >= (
-          coalesce(timestamptz 'epoch' + lane.run_at * interval '1 microsecond', '-infinity'), coalesce(lane.id, '{first_id}'))
+        AND (job.run_at, job.id) >= (coalesce(lane.run_at, '-infinity'), coalesce(lane.id, '{first_id}'))
         AND job.kind = ANY (CAST(:kinds AS varchar[]))
         AND (job.crashes = 0 OR NOT :ahead)
         AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
@@ -216,7 +215,7 @@ def _claim(schema: str | None, free_slots: bool) -> TextualSelect:
             bindparam("lane_queues", type_=ARRAY(String)),
             bindparam("lane_priorities", type_=ARRAY(SmallInteger)),
             bindparam("lane_shares", type_=ARRAY(Integer)),
-            bindparam("mark_run_ats", type_=ARRAY(BigInteger)),
+            bindparam("mark_run_ats", type_=ARRAY(utc_datetime())),
             bindparam("mark_ids", type_=ARRAY(Uuid())),
             bindparam("kinds", type_=ARRAY(String)),
             bindparam("never_alone", type_=ARRAY(String)),

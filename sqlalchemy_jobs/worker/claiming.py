@@ -421,9 +421,10 @@ class Claimer:
             self._marks = dict(self._starts)
         elif self._marks == self._starts:
             self._sweep_at = max(self._sweep_at, _rested(began_at))
-        for each in claims:  # in the order of each lane
-            assert each.run_at is not None
-            self._marks[each.queue, each.priority] = each.run_at, each.job_id
+        last = {
+            (each.queue, each.priority): each for each in claims
+        }  # they are in the order of each lane
+        self._marks |= {lane: claim.mark for lane, claim in last.items()}
 
     def _is_drained(self) -> bool:
         """Tell whether nothing of ours is due, or running anywhere: what a dead worker ran comes back."""

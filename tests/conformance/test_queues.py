@@ -1,5 +1,6 @@
 """Queues: pools of them in one worker, and what holds for them at run time."""
 
+import json
 import random
 import threading
 import time
@@ -408,7 +409,7 @@ def test_as_many_come_from_each_priority_as_belong_to_the_next(
         return transitions.claim(session, wanted)
 
     first = sorted(range(40), key=lambda n: ageing * aged[n][0] - aged[n][1])[:room]
-    assert {claimed.payload["n"] for claimed in bench.do(claim)} == set(first)
+    assert {json.loads(claimed.payload)["n"] for claimed in bench.do(claim)} == set(first)
 
 
 @pytest.mark.usefixtures("one_by_one")
