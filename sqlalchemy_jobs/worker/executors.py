@@ -32,6 +32,7 @@ from sqlalchemy_jobs.worker.availability import brief
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.execution import CommitFailed, Transition
 from sqlalchemy_jobs.worker.handling import Handling, ThreadHandling
+from sqlalchemy_jobs.worker.loops import Loop
 from sqlalchemy_jobs.worker.timeouts import Timeouts
 
 log = logging.getLogger("sqlalchemy_jobs")
@@ -39,6 +40,13 @@ log = logging.getLogger("sqlalchemy_jobs")
 T = TypeVar("T")
 
 Work = tuple[Run, Handler]
+QUICK = 0.0001
+"""Seconds within which a run is quick: one thread takes all of those, others would only take the interpreter from it."""
+LOOK = 0.001
+"""Seconds between two looks whether that thread has gone on to another run."""
+LOOKS = 3
+"""After how many in vain it counts as blocked: it may have waited for the interpreter."""
+
 Finish = Callable[[Run, Transition | None], None]
 """Takes a run whose handler has ended, and the transition that is still to be made."""
 
@@ -297,7 +305,11 @@ class Supervisor:
 
 
 class Threads:
-    """Runs sync handlers on daemon threads, made as they are needed."""
+    """Runs sync handlers on daemon threads, made as they are needed.
+
+    As many at once as there are runs; but while runs are quick one thread takes them all, as long as it goes on. Who
+    leaves runs to it wakes the watch, which has ``start_waiting`` called once that thread has no more or is blocked.
+    """
 
     def __init__(
         self,
@@ -305,19 +317,37 @@ class Threads:
         sessions: SyncSessions,
         most: int,
         next_work: Callable[[], Work | None],
+        start_waiting: Callable[[], None],
     ) -> None:
         self._supervisor = supervisor
         self._colour = Sync(sessions)
         self._most = most
         self._next_work = next_work
+        self._start_waiting = start_waiting
+        self._was_quick = False
+        self._alone: Run | None = None
+        """What the one thread is at that takes all the runs."""
+        self._watch = Loop("handlers", self._look)
+        self._seen: Run | None = None
+        self._looks = 0
+        self._look_at = 0.0
         self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._serving: set[Run] = set()
         self._idle = 0
         self._count = 0
         self._lock = threading.Lock()
 
+    def take_what_waits(self) -> bool:
+        """Tell whether runs may be left to a thread that is at work: nobody else need start them."""
+        if self._alone is None:
+            return False
+        self._watch.wake()
+        return True
+
     def start(self, run: Run, handler: Handler) -> None:
         with self._lock:
+            if self._was_quick:
+                self._alone = run
             if self._idle <= 0:
                 self._add_thread()
             self._idle -= 1
@@ -350,6 +380,8 @@ class Threads:
             return
         name = f"sajobs-handler-{self._count + 1}"
         threading.Thread(target=self._serve, name=name, daemon=True).start()
+        if self._most > 1:
+            self._watch.start()
         # Not counted when it could not be started.
         self._count += 1
         self._idle += 1
@@ -364,13 +396,16 @@ class Threads:
             session.close()
 
     def stop(self) -> None:
+        self._watch.stop()
         for _ in range(self._count):
             self._work.put(None)
 
     def _serve(self) -> None:
         while (work := self._work.get()) is not None:
+            now = time.monotonic()
             while work is not None:
                 run, handler = work
+                began = now
                 self._serving.add(run)
                 sound = self._serve_run(run, handler)
                 if not self._give_up(run):
@@ -378,9 +413,37 @@ class Threads:
                 if not sound:  # who knows what the exception has left behind in its thread
                     self._lose()
                     return
-                work = self._next_work()
+                now = time.monotonic()
+                work = self._next(run, quick=now - began < QUICK)
             with self._lock:
                 self._idle += 1
+
+    def _next(self, run: Run, *, quick: bool) -> Work | None:
+        self._was_quick = quick
+        if quick and self._alone is not run and self.take_what_waits():
+            return None
+        work = self._next_work()
+        if quick:
+            self._alone = work and work[0]
+        elif self._alone is run:
+            self._alone = None
+        return work
+
+    def _look(self) -> float | None:
+        """The step of the watch."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return self._look_at - now
+        alone, self._looks = self._alone, self._looks + 1
+        if alone is not self._seen:
+            self._seen, self._looks = alone, 0
+        if alone is not None and self._looks < LOOKS:
+            self._look_at = now + LOOK
+            return LOOK
+        if alone is not None:
+            self._alone, self._was_quick = None, False
+        self._start_waiting()
+        return None
 
     def _serve_run(self, run: Run, handler: Handler) -> bool:
         if run.should_stop:

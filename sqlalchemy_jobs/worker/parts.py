@@ -84,7 +84,13 @@ class Parts:
         self._supervisor = supervisor
         self._threads: Threads | None = None
         if app.sessions is not None:
-            self._threads = Threads(supervisor, app.sessions, self._total, self._next_for_thread)
+            self._threads = Threads(
+                supervisor,
+                app.sessions,
+                self._total,
+                self._next_for_thread,
+                self._start_waiting,
+            )
         self._loop: EventLoop | None = None
         if any(handler.is_async for handler in self._handlers.values()):
             from sqlalchemy_jobs.worker.event_loop import EventLoop
@@ -246,13 +252,16 @@ class Parts:
         if self._ending.is_set():  # a claim that was on its way
             self._give_back(self.slots.withdraw())
         trouble = None
-        while (run := self.slots.next()) is not None:
+        while not self._is_left_to_a_thread() and (run := self.slots.next()) is not None:
             try:
                 self._start(run)
             except Exception as error:  # the others are ours to start as well
                 trouble = error
         if trouble is not None:
             raise trouble
+
+    def _is_left_to_a_thread(self) -> bool:
+        return self._threads is not None and self._threads.take_what_waits()
 
     def _start(self, run: Run) -> None:
         handler = self._handlers[run.kind]

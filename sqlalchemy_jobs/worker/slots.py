@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
@@ -18,7 +17,7 @@ from sqlalchemy_jobs.runs import Batch, Run
 from sqlalchemy_jobs.worker.pools import Place, Pools
 
 NONE: Mapping[str, Any] = MappingProxyType({})
-RunKey = tuple[uuid.UUID, int, uuid.UUID]
+RunKey = tuple[int, int, int]
 MOST_UNSETTLED = 2000
 """No more is claimed while so many runs have ended and are not written down yet."""
 
@@ -29,7 +28,8 @@ def may_share(claim: Claim) -> bool:
 
 
 def key_of(run: Run) -> RunKey:
-    return run.claim.job_id, run.claim.attempt, run.claim.worker_id
+    claim = run.claim
+    return claim.job_id.int, claim.attempt, claim.worker_id.int  # a UUID hashes in Python
 
 
 def most_hung(total: int) -> int:
@@ -63,11 +63,12 @@ class Slots:
         self.wake_at: float = math.inf
         self._lock = threading.Lock()
         self._owned: dict[RunKey, Run] = {}
-        self._running: dict[RunKey, Run] = {}
+        self._running: dict[Run, str] = {}
+        """Each with the pool that it counts in."""
         self._waiting: dict[str, deque[tuple[float, Run]]] = {}
-        """By queue, with the time of the claim: the longest waiting first."""
+        """By queue, with the time of the claim: the longest waiting first. No queue in which none waits."""
         self._waiting_count = 0
-        self._hung: set[RunKey] = set()
+        self._hung: set[Run] = set()
         self._by_pool: Counter[str] = Counter()
         """How many are running."""
         self._ended: Counter[str] = Counter()
@@ -95,14 +96,17 @@ class Slots:
         with self._lock:
             if len(self._running) + self.lost >= self.total:
                 return None
-            if (first := self._first_in_turn()) is None:
+            if (queue := self._first_in_turn()) is None:
                 return None
-            _, run = first.popleft()
+            waiting, pool = self._waiting[queue], self._place(queue).pool
+            _, run = waiting.popleft()
             self._waiting_count -= 1
-            if handler := self._batched.get(run.kind):
-                run = self._batch(run, handler, first)
-            self._running[key_of(run)] = run
-            self._by_pool[self._place(run.queue).pool] += 1
+            if handler := self._batched.get(run.claim.kind):
+                run = self._batch(run, handler, waiting)
+            if not waiting:
+                del self._waiting[queue]
+            self._running[run] = pool
+            self._by_pool[pool] += 1
             return run
 
     def _place(self, queue: str) -> Place:
@@ -110,21 +114,16 @@ class Slots:
         assert place is not None  # nothing else is claimed
         return place
 
-    def _first_in_turn(self) -> deque[tuple[float, Run]] | None:
+    def _first_in_turn(self) -> str | None:
         """Return the queue whose first run has waited longest, of the best level of each pool with room."""
-        firsts: dict[str, tuple[int, float, deque[tuple[float, Run]]]] = {}
+        firsts: dict[str, tuple[int, float, str]] = {}
         for queue, waiting in self._waiting.items():
-            if waiting:
-                pool, level, _ = self._place(queue)
-                turn = (level, waiting[0][0], waiting)
-                if pool not in firsts or turn[:2] < firsts[pool][:2]:
-                    firsts[pool] = turn
-        with_room = [
-            turn
-            for pool, turn in firsts.items()
-            if (most := self._pools.concurrency[pool]) is None or self._by_pool[pool] < most
-        ]
-        return min(with_room, key=itemgetter(1))[2] if with_room else None
+            pool, level, _ = self._place(queue)
+            most = self._pools.concurrency[pool]
+            if most is None or self._by_pool[pool] < most:
+                turn = (level, waiting[0][0], queue)
+                firsts[pool] = min(firsts.get(pool, turn), turn)
+        return min(firsts.values(), key=itemgetter(1))[2] if firsts else None
 
     def _batch(self, first: Run, handler: Handler, waiting: deque[tuple[float, Run]]) -> Batch:
         """Return it with those of its kind that wait in the same queue: what is there, as long as there is room."""
@@ -145,9 +144,11 @@ class Slots:
         until = time.monotonic() - waited
         withdrawn = []
         with self._lock:
-            for waiting in self._waiting.values():
+            for queue, waiting in [*self._waiting.items()]:
                 while waiting and waiting[0][0] <= until:
                     withdrawn.append(waiting.popleft()[1])
+                if not waiting:
+                    del self._waiting[queue]
             self._waiting_count -= len(withdrawn)
         return withdrawn
 
@@ -164,9 +165,8 @@ class Slots:
     def ended(self, run: Run) -> bool:
         """Free the slot of a run whose handler has ended; False when it was given up before."""
         with self._lock:
-            self._hung.discard(key_of(run))
+            self._hung.discard(run)
             freed = self._free(run)
-            self._ended[self._place(run.queue).pool] += 1
         self._tell()
         return freed
 
@@ -175,14 +175,17 @@ class Slots:
         with self._lock:
             freed = self._free(run)
             if freed:
-                self._hung.add(key_of(run))
+                self._hung.add(run)
         self._tell()
         return freed
 
     def _free(self, run: Run) -> bool:
-        freed = self._running.pop(key_of(run), None) is not None
-        self._by_pool[self._place(run.queue).pool] -= freed
-        return freed
+        pool = self._running.pop(run, None)
+        if pool is None:
+            return False
+        self._by_pool[pool] -= 1
+        self._ended[pool] += 1
+        return True
 
     def disown(self, runs: Iterable[Run]) -> None:
         """Forget runs that are settled, or whose jobs belong to others."""
@@ -196,7 +199,7 @@ class Slots:
         with self._lock:
             runs = list(self._owned.values())
             # Of a batch the runs are owned, but it is what runs.
-            runs += [run for run in self._running.values() if isinstance(run, Batch)]
+            runs += [run for run in self._running if isinstance(run, Batch)]
             self._owned.clear()
             self._waiting.clear()
             self._waiting_count = 0
@@ -214,7 +217,7 @@ class Slots:
     @property
     def lost(self) -> int:
         """How many slots are not used, since as many handlers hang beyond what is allowed."""
-        return max(0, len(self._hung) - self._most_hung)
+        return max(0, len(self._hung) - self._most_hung) if self._hung else 0
 
     @property
     def waiting(self) -> int:
@@ -227,7 +230,7 @@ class Slots:
 
     def running(self) -> list[Run]:
         with self._lock:
-            return list(self._running.values())
+            return list(self._running)
 
     def is_idle(self) -> bool:
         """Tell whether no handler is running and nothing is left to write down."""
@@ -235,14 +238,14 @@ class Slots:
             return not self._owned and not self._running
 
     def ended_counts(self) -> dict[str, int]:
-        """Return how many handlers have ended so far, by pool."""
+        """Return how many handlers have ended or were given up so far, by pool."""
         with self._lock:
             return dict(self._ended)
 
     def room(self, ahead: Mapping[str, int] = NONE) -> tuple[int, dict[str, int]]:
         """Return the room in all, and that of each pool that has any: ``ahead`` says how many may wait."""
         with self._lock:
-            if any(run.claim.crashes >= ALONE_FROM for run in self._running.values()):
+            if any(run.claim.crashes >= ALONE_FROM for run in self._running):
                 return 0, {}
             if len(self._owned) > self._most_owned:
                 return 0, {}

@@ -875,7 +875,7 @@ def pool_of(sqlite: Database) -> Iterator[Callable[..., Pool]]:
             lambda batch, run, transition: never(),
         )
         assert app.sessions is not None
-        pool = Pool(Threads(supervisor, app.sessions, most, lambda: None), app, ended, seen)
+        pool = Pool(Threads(supervisor, app.sessions, most, lambda: None, never), app, ended, seen)
         # What a run carries is what the row holds.
         pool.start = lambda: pool.threads.start(  # type: ignore[method-assign]
             Run(Claim(uuid.uuid4(), 1, WORKER, "part", "default", '{"n": 0}', 0, 20)),
