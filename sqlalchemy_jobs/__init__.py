@@ -14,6 +14,7 @@ from sqlalchemy_jobs import backoff, errors, migrations, sqlite
 from sqlalchemy_jobs.app import Handlers, JobApp
 from sqlalchemy_jobs.enqueue import enqueue, enqueue_many
 from sqlalchemy_jobs.errors import JobNeverAdded
+from sqlalchemy_jobs.limits import Limit
 from sqlalchemy_jobs.manage import cancel, requeue
 from sqlalchemy_jobs.models import Attempt, Job, Kind, Queue, WorkerRow, metadata
 from sqlalchemy_jobs.outcomes import Cancel, Fail, Retry, Snooze
@@ -37,6 +38,7 @@ __all__ = [
     "JobNeverAdded",
     "JobState",
     "Kind",
+    "Limit",
     "Outcome",
     "Queue",
     "Retry",

@@ -194,6 +194,24 @@ class Handlers(Generic[_S, _A]):
             raise DuplicateHandler(
                 f'kind "{kind}" has the handler {other.name} already: {handler.name} cannot handle it too'
             )
+        for name in handler.declaration.limit_names:
+            self._check_limit(name, handler)
+
+    def _check_limit(self, name: str, handler: Handler) -> None:
+        """Refuse a handler whose limit has a name that stands for other numbers."""
+        mine = handler.declaration.limit
+        for other in self._handlers.values():
+            limit = other.declaration.limit
+            if (
+                mine
+                and limit
+                and name in other.declaration.limit_names
+                and limit.numbers != mine.numbers
+            ):
+                raise DeclarationError(
+                    f'the limit "{name}" of {_name(handler.payload)} is {mine}, and of {_name(other.payload)} {limit}: '
+                    "classes that share a limit must say the same; else choose another name"
+                )
 
 
 class JobApp(Handlers[_S, _A]):

@@ -10,6 +10,8 @@ from typing import NamedTuple, TypeAlias
 
 from msgspec import Struct
 
+from sqlalchemy_jobs.limits import Numbers
+
 Lane: TypeAlias = tuple[str, int]
 """A queue and a priority: jobs of one lane are claimed by time."""
 Mark: TypeAlias = tuple[datetime, uuid.UUID]
@@ -24,6 +26,39 @@ class Due(NamedTuple):
     """The first of its ready jobs; 0 or less: it is due, or that is not known."""
     next: float | None
     """The first of those that are not due yet; None: there is none."""
+
+
+class LimitedLane(NamedTuple):
+    """Ready jobs of one lane that count against a key, and how the key stands; times in seconds from now."""
+
+    key: str
+    queue: str
+    priority: int
+    due: float
+    """When the first of them falls due; 0 or less: it is."""
+    kind: str
+    """The kind of that one."""
+    crashes: int
+    """Its crashes."""
+    running: int
+    """How many jobs of the key are running."""
+    opens: float
+    """When its rate lets the next one begin; 0 or less: it does."""
+    is_known: bool
+    """Whether there is a row to lock for the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitedKey:
+    """A key of which jobs are wanted, from one queue."""
+
+    key: str
+    queue: str
+    priorities: Sequence[int]
+    """Where ready jobs were seen; the better one first."""
+    numbers: Numbers
+    most: int
+    """How many jobs, whatever its limit allows."""
 
 
 ALONE_FROM = 2

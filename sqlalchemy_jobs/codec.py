@@ -91,6 +91,26 @@ def digest(cls: type[PayloadT], stored: Stored, fields: Sequence[str]) -> str:
 
     Of what would be read back, not of what was stored: there 1 and 1.0 may stand for the same number.
     """
+    values = _values_of(cls, stored, fields)
+    return hashlib.sha256(_dump_in_short(values).encode()).hexdigest()
+
+
+def key_of(cls: type[PayloadT], stored: Stored, fields: Sequence[str]) -> str | None:
+    """Return the same text for payloads with the same values in these fields, and None where all of them are None.
+
+    A string stands for itself, everything else for its JSON; several make a list.
+    """
+    found = _values_of(cls, stored, fields)
+    is_named = isinstance(found, dict) and found.keys() == set(fields)
+    values = [found[name] for name in fields] if is_named else [found]
+    if all(value is None for value in values):
+        return None
+    value = values[0] if len(values) == 1 else values
+    return value if isinstance(value, str) else _dump_in_short(value)
+
+
+def _values_of(cls: type[PayloadT], stored: Stored, fields: Sequence[str]) -> Any:
+    """Return the values of these fields (none: of all) in JSON that is the same for equal ones."""
     payload: Any = _from_stored(cls, stored)
     if family_of(cls) == "msgspec":
         values = _in_order({name: getattr(payload, name) for name in fields or fields_of(cls)})
@@ -99,8 +119,7 @@ def digest(cls: type[PayloadT], stored: Stored, fields: Sequence[str]) -> str:
         # What is dumped under other names (a RootModel) counts as a whole: rather too many jobs than too few.
         if fields and isinstance(values, dict) and values.keys() >= set(fields):
             values = {name: values[name] for name in fields}
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return values
 
 
 def _in_order(value: object) -> Any:
@@ -187,6 +206,7 @@ def _decode_other(cls: type, value: Any) -> Any:
 # --- what no database stores, and where it stands ----------------------------------------------
 
 _dumps = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+_dump_in_short = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def _checked_json(stored: object, root: str) -> str:

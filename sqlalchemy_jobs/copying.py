@@ -21,8 +21,9 @@ _CHUNK = 1000
 _COLUMNS = (
     "id", "kind", "queue", "priority", "state", "run_at", "payload", "attempt", "failures", "crashes",
     "max_attempts", "unique_states", "tags", "headers", "created_at", "waits_for",
+    "limit_key",
 )  # fmt: skip
-"""Those that are not NULL in a job without a unique key."""
+"""Those that may not be NULL in a job without a unique key."""
 
 Row = Mapping[str, Any]
 
@@ -76,11 +77,12 @@ def _chunks(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _line(row: Row) -> str:
-    """Write a row as a line; no value but the JSON may have a character in it that COPY takes for its own."""
+    """Write a row as a line; the JSON and the key alone may have a character in them that COPY takes for its own."""
     return (
         f"{row['id'].int:032x}\t{row['kind']}\t{row['queue']}\t{row['priority']}\t{row['state']}\t{row['run_at']}\t"
         f"{_json(row['payload'])}\t{row['attempt']}\t{row['failures']}\t{row['crashes']}\t{row['max_attempts']}\t"
-        f"{row['unique_states']}\t{_json(row['tags'])}\t{_json(row['headers'])}\t{row['created_at']}\t0\n"
+        f"{row['unique_states']}\t{_json(row['tags'])}\t{_json(row['headers'])}\t{row['created_at']}\t0\t"
+        f"{_text(row['limit_key'])}\n"
     )
 
 
@@ -89,4 +91,8 @@ _dumps = json.JSONEncoder().encode
 
 def _json(value: object) -> str:
     r"""Write JSON, in which only backslashes are special to COPY; None as NULL."""
-    return "\\N" if value is None else _dumps(value).replace("\\", "\\\\")
+    return _text(None if value is None else _dumps(value))
+
+
+def _text(value: str | None) -> str:
+    return "\\N" if value is None else value.replace("\\", "\\\\")

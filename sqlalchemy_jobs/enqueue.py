@@ -15,16 +15,17 @@ from sqlalchemy import Connection, Pool, bindparam, delete, event, inspect, sele
 from sqlalchemy.orm import InstanceState, Mapper, Session, scoped_session
 
 from sqlalchemy_jobs import bell
-from sqlalchemy_jobs.codec import digest, encode
+from sqlalchemy_jobs.codec import digest, encode, key_of
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.copying import copy
 from sqlalchemy_jobs.duplicates import ON_CONFLICT, Sent, expire_replaced, stand_ins
 from sqlalchemy_jobs.errors import DuplicateJob, EnqueueError, JobNeverAdded
 from sqlalchemy_jobs.ids import uuid7
 from sqlalchemy_jobs.inserts import RUNG_AHEAD
+from sqlalchemy_jobs.limits import limit_key
 from sqlalchemy_jobs.models import UNIQUE_KEY_LENGTH, Job, utcnow
 from sqlalchemy_jobs.outcomes import checked_delay
-from sqlalchemy_jobs.payloads import Payload, Stored, check_options, declaration_of
+from sqlalchemy_jobs.payloads import Declaration, Payload, Stored, check_options, declaration_of
 from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.tables import TO_JOB, jobs
 from sqlalchemy_jobs.unique import BY_KEY, OnConflict
@@ -109,7 +110,7 @@ def enqueue_many(
     rows: list[dict[str, Any]] = []
     sent: list[Sent] = []
     check_options(queue=queue, priority=priority, max_attempts=max_attempts)
-    common = _NOT_UNIQUE | _common(run_at, delay, tags, headers)
+    common = _PLAIN | _common(run_at, delay, tags, headers)
     for payload in payloads:
         stored = encode(payload)
         row = _values(payload, stored, queue, priority, max_attempts, unique_key, common)
@@ -166,6 +167,8 @@ def _values(
     }
     if declared.unique or unique_key is not None:
         values |= _uniqueness(payload, stored, unique_key, common["created_at"])
+    if declared.limit:
+        values["limit_key"] = _limit_key(type(payload), stored, declared)
     return values
 
 
@@ -189,7 +192,18 @@ def _common(
     }
 
 
-_NOT_UNIQUE: dict[str, Any] = {"unique_key": None, "unique_slot": None, "unique_states": 0}
+_PLAIN: dict[str, Any] = {
+    "unique_key": None,
+    "unique_slot": None,
+    "unique_states": 0,
+    "limit_key": None,
+}
+
+
+def _limit_key(cls: type[Payload], stored: Stored, declared: Declaration) -> str | None:
+    fields = declared.limit.fields if declared.limit else ()
+    value = key_of(cls, stored, fields) if fields else None
+    return None if fields and value is None else limit_key(declared.limit_names[0], value)
 
 
 def _uniqueness(

@@ -21,6 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy_jobs import columns
 from sqlalchemy_jobs.ids import uuid7
 from sqlalchemy_jobs.inserts import JobTable
+from sqlalchemy_jobs.limits import LIMIT_KEY_LENGTH
 from sqlalchemy_jobs.payloads import KIND_LENGTH, QUEUE_LENGTH
 from sqlalchemy_jobs.states import JobState, WorkerState
 
@@ -55,7 +56,6 @@ _INNODB = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
 """Other engines have no transactions, and the server's default may be one of them."""
 
 UNIQUE_KEY_LENGTH = 200
-LIMIT_KEY_LENGTH = 200
 SCHEDULE_LENGTH = 200
 
 DUPLICATE_OF = "_duplicate_of"
@@ -142,7 +142,7 @@ class Job(Base):
     unique_states: Mapped[int] = mapped_column(SmallInteger, default=0)
     """In which states it holds its slot: the sum of their ``JobState.bit``."""
     limit_key: Mapped[str | None] = mapped_column(columns.name(LIMIT_KEY_LENGTH), default=None)
-    """The limit that the job counts against; NULL: none. Reserved: a job that has one is not claimed yet."""
+    """The limit that the job counts against: its name and key; NULL: none."""
     waits_for: Mapped[int] = mapped_column(SmallInteger, default=0)
     """How many unfinished jobs it waits for, while blocked. Reserved: not read yet."""
     tags: Mapped[list[str] | None] = mapped_column(columns.json(), default=None)
@@ -300,11 +300,11 @@ class LimitRow(Base):
     limit_key: Mapped[str] = mapped_column(columns.name(LIMIT_KEY_LENGTH), primary_key=True)
     """``Job.limit_key`` of the jobs that share it."""
     used: Mapped[Any | None] = mapped_column(columns.json(), default=None)
-    """What has begun of late, where there is a rate."""
+    """What has begun within the window of its rate; see ``limits.Starts``."""
     next_at: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
     """Until when the rate lets nothing begin (the server's clock)."""
     used_at: Mapped[datetime] = mapped_column(columns.utc_datetime(), default=utcnow)
-    """The last claim (the server's clock): keys that are not used any more are pruned."""
+    """When it was made, or the last start by its rate (the server's clock): what is not used any more is pruned."""
 
     def __repr__(self) -> str:
         return f"<LimitRow {self.limit_key}>"

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, cast
 
 from sqlalchemy_jobs import backoff as backoffs
 from sqlalchemy_jobs.errors import DeclarationError, EnqueueError
+from sqlalchemy_jobs.limits import Limit
 from sqlalchemy_jobs.outcomes import checked_delay
 from sqlalchemy_jobs.states import FINAL
 from sqlalchemy_jobs.unique import Unique
@@ -68,8 +69,8 @@ _HOW_TO_DECLARE = "put @dataclass between @job(...) and the class, or use attrs,
 class Declaration:
     """What ``@job`` says about a payload class.
 
-    Frozen into the row by ``enqueue``: kind, queue, priority, max_attempts, unique. Read from the class
-    when a job runs or has ended: all others.
+    Frozen into the row by ``enqueue``: kind, queue, priority, max_attempts, unique, and the key of the limit. Read
+    from the class when a job is claimed, runs or has ended: all others.
     """
 
     kind: str
@@ -81,10 +82,18 @@ class Declaration:
     aliases: tuple[str, ...]
     upgrade: Callable[[Stored], Stored] | None
     unique: Unique | None
+    limit: Limit | None
     timeout: timedelta | None
     on_crash: OnCrash
     keep: timedelta | None
     keep_failed: timedelta | None
+
+    @property
+    def limit_names(self) -> tuple[str, ...]:
+        """The names that its limit has in rows, those of earlier kinds too; the first is that of new ones."""
+        if self.limit is None:
+            return ()
+        return (self.kind, *self.aliases) if self.limit.name is None else (self.limit.name,)
 
 
 def job(
@@ -95,6 +104,7 @@ def job(
     priority: int = 0,
     max_attempts: int = 20,
     unique: Unique | None = None,
+    limit: Limit | None = None,
     timeout: timedelta | None = None,
     on_crash: OnCrash = "retry",
     keep: timedelta | None = None,
@@ -111,7 +121,8 @@ def job(
 
     Frozen into each row when it is enqueued: ``queue``; ``priority`` (-32768 to 32767, lower runs
     first); ``max_attempts`` (runs that raise or die before the job fails; 1 is "no retry");
-    ``unique`` (which jobs of the class stand for one another: see ``Unique``).
+    ``unique`` (which jobs of the class stand for one another: see ``Unique``); the name and the key of
+    ``limit`` (how many may run at once or begin in a time: see ``Limit``), whose numbers hold from the next claim on.
     Read from the class when a job runs: ``timeout`` (how long a run may take: then it is interrupted,
     which counts as a failure), ``on_crash`` (``"fail"``: a job whose worker died in it is failed and not
     run again), ``backoff`` (a policy of the module ``backoff``), ``give_up_on`` (exceptions that
@@ -137,6 +148,12 @@ def job(
             raise DeclarationError(f"give_up_on has {given_up!r} in it: wanted exception classes")
     if unique is not None and not isinstance(unique, Unique):
         raise DeclarationError(f"unique={unique!r}: wanted a Unique, for example unique=Unique()")
+    if limit is not None and not isinstance(limit, Limit):
+        raise DeclarationError(
+            f"limit={limit!r}: wanted a Limit, for example limit=Limit(concurrency=3)"
+        )
+    if limit is not None and limit.name is not None:
+        _check_name(limit.name, "limit", KIND_LENGTH, DeclarationError)
     if on_crash not in ("retry", "fail"):
         raise DeclarationError(f'on_crash={on_crash!r}: wanted "retry" or "fail"')
     _check_durations(timeout=timeout, keep=keep, keep_failed=keep_failed)
@@ -153,7 +170,7 @@ def job(
         )
     declaration = Declaration(
         kind, queue, priority, max_attempts, backoff, tuple(give_up_on), tuple(aliases), upgrade,
-        unique, timeout, on_crash, keep, keep_failed,
+        unique, limit, timeout, on_crash, keep, keep_failed,
     )  # fmt: skip
 
     def declare(cls: C) -> C:
@@ -169,11 +186,12 @@ def job(
                 "never change; remove array_like=True"
             )
         known = fields_of(cls)
-        for field in unique.fields if unique else ():
-            if field not in known:
-                raise DeclarationError(
-                    f"unique: {cls.__name__} has no field {field!r}: it has {', '.join(known)}"
-                )
+        for option, named in (("unique", unique), ("limit", limit)):
+            for field in named.fields if named else ():
+                if field not in known:
+                    raise DeclarationError(
+                        f"{option}: {cls.__name__} has no field {field!r}: it has {', '.join(known)}"
+                    )
         setattr(cls, _ATTRIBUTE, declaration)
         return cls
 

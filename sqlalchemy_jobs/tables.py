@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Select, Table, Update, and_, case, func, literal_column
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Select,
+    Table,
+    Update,
+    and_,
+    case,
+    func,
+    literal_column,
+)
 
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.errors import ConfigurationError
-from sqlalchemy_jobs.models import Attempt, Job, Kind, Queue, WorkerRow, metadata
+from sqlalchemy_jobs.models import Attempt, Job, Kind, LimitRow, Queue, WorkerRow, metadata
 from sqlalchemy_jobs.states import JobState
 
 jobs: Table = Job.__table__  # type: ignore[assignment]
@@ -16,6 +27,7 @@ attempts: Table = Attempt.__table__  # type: ignore[assignment]
 workers: Table = WorkerRow.__table__  # type: ignore[assignment]
 queues: Table = Queue.__table__  # type: ignore[assignment]
 kinds: Table = Kind.__table__  # type: ignore[assignment]
+limits: Table = LimitRow.__table__  # type: ignore[assignment]
 
 StatementT = TypeVar("StatementT", Update, Select[Any])
 
@@ -25,6 +37,13 @@ TO_JOB = {"mapper": Job}
 # Literals, not binds: a partial index cannot be used for a bind under a generic plan.
 IS_RUNNING = jobs.c.state == literal_column("'running'")
 IS_READY = and_(jobs.c.state == literal_column("'ready'"), jobs.c.limit_key.is_(None))
+"""Of the jobs that count against no limit."""
+
+
+def is_limited(job: FromClause, state: JobState) -> ColumnElement[bool]:
+    """Tell whether a job counts against a limit and is in a state."""
+    return and_(job.c.limit_key.is_not(None), job.c.state == literal_column(f"'{state.value}'"))
+
 
 # Not IS NULL: without statistics PostgreSQL would read all jobs without a slot by the index of that column.
 HAS_NO_SLOT = func.coalesce(jobs.c.unique_slot, literal_column("''")) == literal_column("''")

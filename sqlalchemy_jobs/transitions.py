@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, cast
 
@@ -33,9 +33,10 @@ from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import bell, dialects, patterns
 from sqlalchemy_jobs.backoff import quartic
-from sqlalchemy_jobs.claims import Claim, Lane, Wanted
+from sqlalchemy_jobs.claims import Claim, Lane, LimitedKey, Wanted
 from sqlalchemy_jobs.columns import microseconds, server_now
-from sqlalchemy_jobs.inserts import RUNG_AHEAD
+from sqlalchemy_jobs.inserts import RUNG_AHEAD, insert_missing
+from sqlalchemy_jobs.limits import Starts
 from sqlalchemy_jobs.states import JobState, Outcome, WorkerState
 from sqlalchemy_jobs.tables import (
     BEGUN,
@@ -46,7 +47,9 @@ from sqlalchemy_jobs.tables import (
     attempts,
     by_id,
     final,
+    is_limited,
     jobs,
+    limits,
     slot_in,
     workers,
 )
@@ -77,6 +80,51 @@ def claim(session: Session, wanted: Wanted) -> list[Claim]:
     that was declared dead claims nothing.
     """
     return dialects.of(session).claim(session, wanted)
+
+
+def claim_limited(
+    session: Session, wanted: Wanted, keys: Sequence[LimitedKey]
+) -> dict[str, list[Claim]]:
+    """ready -> running for due jobs that count against these keys, as many as their limits let run; by key.
+
+    Its own short transaction at READ COMMITTED, which must be durable: a claim that was lost would let others begin.
+    The rows of the keys are locked first, by a statement of their own, and those are passed over that another worker
+    has locked: what runs is counted by a later statement, which sees all that was claimed under the lock before.
+    """
+    locked = {
+        row.limit_key: row
+        for row in session.execute(
+            _LOCK_KEYS, {"keys": sorted(each.key for each in keys)}, bind_arguments=TO_JOB
+        )
+    }
+    if not locked:
+        return {}
+    now: datetime = max(row.now for row in locked.values())
+    open_keys: list[LimitedKey] = []
+    starts: dict[str, Starts] = {}
+    for each in keys:
+        if each.key in locked and each.numbers.rate is not None:
+            began = Starts(each.numbers.rate, locked[each.key].used, now)
+            each = replace(each, most=min(each.most, began.free))
+            starts[each.key] = began
+        if each.key in locked and each.most > 0:
+            open_keys.append(each)
+    claims = dialects.of(session).claim_limited(session, wanted, open_keys, now)
+    used = []
+    for key in claims.keys() & starts.keys():
+        starts[key].add(len(claims[key]))
+        used.append(
+            {"of_key": key, "starts": starts[key].used, "next": starts[key].next_at, "at": now}
+        )
+    if used:
+        session.execute(_USE_KEY, used, bind_arguments=TO_JOB)
+    return claims
+
+
+def add_keys(session: Session, keys: Collection[str]) -> None:
+    """Make the rows of keys that have none; another worker may do the same. Its own short transaction."""
+    rows = [{"of_key": key} for key in sorted(keys)]
+    session.execute(_ADD_KEYS, rows, bind_arguments=TO_JOB)
 
 
 def lanes_of_suspects(session: Session, wanted: Wanted) -> list[Lane]:
@@ -346,7 +394,7 @@ def any_unfinished(
     One statement: between two looks a job could pass from the one state to the other.
     """
     due = and_(
-        IS_READY,
+        or_(IS_READY, is_limited(jobs, JobState.READY)),
         jobs.c.run_at <= server_now(),
         jobs.c.kind.not_in(paused_kinds),
         jobs.c.queue.not_in(paused_queues),
@@ -445,6 +493,22 @@ _FENCE_OF_ALL = and_(
 _SUCCEED_ALL = by_id(update(jobs)).where(_FENCE_OF_ALL).values(**final(JobState.SUCCEEDED), **BEGUN)
 _OWNED_OF = by_id(select(jobs.c.id).where(_FENCE_OF_ALL).order_by(jobs.c.id))
 _LOCK_ALL = _OWNED_OF.with_for_update()
+_ADD_KEYS = insert_missing(limits).values(limit_key=bindparam("of_key"), used_at=server_now())
+_LOCK_KEYS = (
+    select(limits.c.limit_key, limits.c.used, server_now().label("now"))
+    .where(limits.c.limit_key.in_(bindparam("keys", expanding=True)))
+    .order_by(limits.c.limit_key)
+    .with_for_update(key_share=True, skip_locked=True)
+)
+_USE_KEY = (
+    update(limits)
+    .where(limits.c.limit_key == bindparam("of_key"))
+    .values(
+        used=bindparam("starts", type_=limits.c.used.type),
+        next_at=bindparam("next", type_=limits.c.next_at.type),
+        used_at=bindparam("at", type_=limits.c.used_at.type),
+    )
+)
 _RECORD = insert(attempts).values(
     started_at=select(jobs.c.started_at).where(jobs.c.id == bindparam("of_job")).scalar_subquery(),
     finished_at=server_now(),

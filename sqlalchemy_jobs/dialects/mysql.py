@@ -12,7 +12,9 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     Connection,
+    FromClause,
     Integer,
+    Select,
     String,
     TableClause,
     bindparam,
@@ -102,9 +104,14 @@ class MySQL(Dialect):
 
     def _by_ready_index(self, statement: Any) -> Any:
         # Only this index separates jobs without a limit from those that wait behind one.
+        return self._by_limited_index(statement, jobs).where(IS_READY)
+
+    def _by_limited_index(
+        self, statement: Select[Any], job: FromClause, index: str = "sajobs_job_limited"
+    ) -> Select[Any]:
         for name in ("mysql", "mariadb"):
-            statement = statement.with_hint(jobs, "FORCE INDEX (sajobs_job_limited)", name)
-        return statement.where(IS_READY)
+            statement = statement.with_hint(job, f"FORCE INDEX ({index})", name)
+        return statement
 
     @contextmanager
     def migrating_alone(self, connection: Connection, schema: str | None) -> Iterator[None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
 from functools import cache, cached_property
 from operator import itemgetter
 from typing import Any
@@ -34,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Due, Lane, Wanted
+from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Due, Lane, LimitedKey, LimitedLane, Wanted
 from sqlalchemy_jobs.columns import utc_datetime
 from sqlalchemy_jobs.dialects.base import (
     CLAIMED,
@@ -49,7 +51,16 @@ from sqlalchemy_jobs.dialects.listening import CHANNEL_OF_TABLE, Listening, tabl
 from sqlalchemy_jobs.errors import EngineError, MigrationError
 from sqlalchemy_jobs.inserts import HEARD
 from sqlalchemy_jobs.states import JobState
-from sqlalchemy_jobs.tables import BEGUN, HAS_NO_SLOT, TO_JOB, final, jobs, schema_of, workers
+from sqlalchemy_jobs.tables import (
+    BEGUN,
+    HAS_NO_SLOT,
+    TO_JOB,
+    final,
+    jobs,
+    limits,
+    schema_of,
+    workers,
+)
 
 _CONFLICTS = (
     "40001",  # serialization failure
@@ -85,6 +96,36 @@ SELECT queue, priority, CAST(extract(epoch FROM run_at - clock_timestamp()) AS f
   ORDER BY job.run_at LIMIT 1) AS next_in
 FROM lane
 """
+
+# The same, by key, queue and priority. What an empty statistic makes of a longer ORDER BY is a sort of all keys.
+_LIMITED_LANES = """
+WITH RECURSIVE lane (id, number) AS (
+  SELECT {first_of_key_behind_after}, 1
+  UNION ALL
+  SELECT coalesce(
+    (SELECT id FROM {jobs} job
+     WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key = here.limit_key
+       AND queue = here.queue AND priority > here.priority ORDER BY priority, run_at, id LIMIT 1),
+    (SELECT id FROM {jobs} job
+     WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key = here.limit_key
+       AND queue > here.queue ORDER BY queue, priority, run_at, id LIMIT 1),
+    {first_of_key_behind_here}), number + 1
+  FROM lane JOIN {jobs} here ON here.id = lane.id
+  WHERE number < :most
+)
+SELECT first.limit_key, first.queue, first.priority,
+  CAST(extract(epoch FROM first.run_at - clock_timestamp()) AS float8) AS due, first.kind, first.crashes,
+  (SELECT count(*) FROM {jobs} job
+   WHERE state = 'running' AND limit_key IS NOT NULL AND limit_key = first.limit_key) AS running,
+  CAST(coalesce(extract(epoch FROM known.next_at - clock_timestamp()), 0) AS float8) AS opens,
+  known.limit_key IS NOT NULL AS is_known
+FROM lane JOIN {jobs} first ON first.id = lane.id LEFT JOIN {limits} known ON known.limit_key = first.limit_key
+"""
+_FIRST_OF_KEY_BEHIND = """(SELECT id FROM {jobs} job
+     WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key = (
+       SELECT limit_key FROM {jobs} next
+       WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key > {behind} ORDER BY limit_key LIMIT 1)
+     ORDER BY queue, priority, run_at, id LIMIT 1)"""
 
 # The due jobs of each lane are locked in the innermost query: a sort or a UNION above it would lock more than
 # is returned. The uncorrelated ARRAY is estimated at ten rows, so the plan is the same with absent,
@@ -124,9 +165,50 @@ WHERE id = ANY (ARRAY(
       ORDER BY job.run_at, job.id LIMIT lane.share FOR NO KEY UPDATE SKIP LOCKED) due
     WHERE lane.pool = wanted.pool LIMIT wanted.room) taken
   LIMIT :total))
-RETURNING id, attempt, kind, queue, CAST(payload AS text) AS payload, failures, max_attempts, headers, crashes, priority,
-  CAST(extract(epoch FROM run_at) * 1000000 AS bigint) AS run_at
+RETURNING {claimed}
 """
+# The same for keys of limits whose rows are locked: what is running is counted by the snapshot of this statement, which
+# is later than the locks. Each key is in one queue here, so none is counted for twice.
+_CLAIM_LIMITED = """
+WITH wanted (pool, room) AS MATERIALIZED (
+  SELECT * FROM unnest(CAST(:pools AS varchar[]), CAST(:rooms AS int[]))
+), limited (limit_key, pool, queue, most, allowed) AS MATERIALIZED (
+  SELECT * FROM unnest(CAST(:keys AS varchar[]), CAST(:key_pools AS varchar[]), CAST(:key_queues AS varchar[]),
+    CAST(:mosts AS int[]), CAST(:allowed AS int[]))
+)
+UPDATE {jobs}
+SET state = 'running', attempt = attempt + 1, worker_id = :worker_id, started_at = :began_at,
+  unique_slot = CASE WHEN unique_states & {running} <> 0 THEN unique_slot END
+WHERE id = ANY (ARRAY(
+  SELECT taken.id
+  FROM (SELECT 1 FROM {workers} WHERE id = :worker_id AND state = 'alive' FOR KEY SHARE) alive
+  CROSS JOIN wanted
+  CROSS JOIN LATERAL (
+    SELECT due.id
+    FROM limited
+    CROSS JOIN LATERAL (
+      SELECT least(limited.most, CASE WHEN limited.allowed IS NOT NULL THEN greatest(0, limited.allowed - (
+        SELECT count(*) FROM {jobs} other
+        WHERE other.state = 'running' AND other.limit_key IS NOT NULL AND other.limit_key = limited.limit_key)) END) AS room
+    ) free
+    CROSS JOIN LATERAL (
+      SELECT job.id
+      FROM unnest(CAST(:lane_keys AS varchar[]), CAST(:lane_priorities AS smallint[])) AS lane (limit_key, priority)
+      CROSS JOIN LATERAL (
+        SELECT job.id FROM {jobs} job
+        WHERE job.state = 'ready' AND job.limit_key IS NOT NULL AND job.limit_key = lane.limit_key
+          AND job.queue = limited.queue AND job.priority = lane.priority AND job.run_at <= now()
+          AND job.kind = ANY (CAST(:kinds AS varchar[]))
+          AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
+          {and_keys_are_free}
+        ORDER BY job.run_at, job.id LIMIT free.room FOR NO KEY UPDATE SKIP LOCKED) job
+      WHERE lane.limit_key = limited.limit_key LIMIT free.room) due
+    WHERE limited.pool = wanted.pool LIMIT wanted.room) taken
+  LIMIT :total))
+RETURNING {claimed}, limit_key
+"""
+_CLAIMED = """id, attempt, kind, queue, CAST(payload AS text) AS payload, failures, max_attempts, headers, crashes, priority,
+  CAST(extract(epoch FROM run_at) * 1000000 AS bigint) AS run_at"""
 _LEASE_LOST = "sajobs: another run owns the job"
 # One simple query of two statements: one round trip, and no COMMIT is sent for an error. The fence has to raise:
 # no rows would be no error. Both ids are UUID objects, so nothing is to be escaped.
@@ -145,6 +227,13 @@ FROM unnest(CAST(:queues AS varchar[])) AS queue WHERE {HEARD}
 """
 _IDS = cast(bindparam("ids", type_=String), ARRAY(Uuid()))
 _ORDER = itemgetter(len(CLAIMED) - 2, len(CLAIMED) - 1, 0)
+# A number is read ten times as fast as a time.
+_COLUMNS: tuple[Any, ...] = (
+    *CLAIMED[:4],
+    column("payload", String),
+    *CLAIMED[5:-1],
+    column("run_at", BigInteger),
+)
 
 # A job that gives up its slot changes a key. Its keys are locked as well, or the UPDATE would wait for whoever
 # refers to it (see lock_keys). Not in every claim: even where no row needs it, it costs 0.1 ms.
@@ -199,36 +288,65 @@ def _lanes(schema: str | None) -> TextClause:
 
 
 @cache
+def _limited_lanes(schema: str | None) -> TextClause:
+    lanes = _LIMITED_LANES
+    for place, behind in (("after", "CAST(:after AS varchar)"), ("here", "here.limit_key")):
+        first = _FIRST_OF_KEY_BEHIND.replace("{behind}", behind)
+        lanes = lanes.replace(f"{{first_of_key_behind_{place}}}", first)
+    return text(_in_schema(lanes, schema))
+
+
+@cache
 def _ring(schema: str | None) -> TextClause:
     return text(_in_schema(_RING, schema)).bindparams(bindparam("queues", type_=ARRAY(String)))
 
 
 @cache
 def _claim(schema: str | None, free_slots: bool) -> TextualSelect:
-    claim = _CLAIM.replace("{and_keys_are_free}", _KEYS_ARE_FREE if free_slots else "")
     return (
-        text(_in_schema(claim, schema))
+        _claiming(_CLAIM, schema, free_slots)
         .bindparams(
-            bindparam("pools", type_=ARRAY(String)),
-            bindparam("rooms", type_=ARRAY(Integer)),
             bindparam("lane_pools", type_=ARRAY(String)),
             bindparam("lane_queues", type_=ARRAY(String)),
-            bindparam("lane_priorities", type_=ARRAY(SmallInteger)),
             bindparam("lane_shares", type_=ARRAY(Integer)),
             bindparam("mark_run_ats", type_=ARRAY(utc_datetime())),
             bindparam("mark_ids", type_=ARRAY(Uuid())),
-            bindparam("kinds", type_=ARRAY(String)),
-            bindparam("never_alone", type_=ARRAY(String)),
-            bindparam("worker_id", type_=Uuid()),
-            bindparam("total", type_=Integer),
-            bindparam("suspects", type_=Boolean),
             bindparam("ahead", type_=Boolean),
             bindparam("durable", type_=Boolean),
         )
-        # A number is read ten times as fast as a time.
-        .columns(
-            *CLAIMED[:4], column("payload", String), *CLAIMED[5:-1], column("run_at", BigInteger)
+        .columns(*_COLUMNS)
+    )
+
+
+@cache
+def _claim_limited(schema: str | None, free_slots: bool) -> TextualSelect:
+    return (
+        _claiming(_CLAIM_LIMITED, schema, free_slots)
+        .bindparams(
+            bindparam("keys", type_=ARRAY(String)),
+            bindparam("key_pools", type_=ARRAY(String)),
+            bindparam("key_queues", type_=ARRAY(String)),
+            bindparam("mosts", type_=ARRAY(Integer)),
+            bindparam("allowed", type_=ARRAY(Integer)),
+            bindparam("lane_keys", type_=ARRAY(String)),
+            bindparam("began_at", type_=utc_datetime()),
         )
+        .columns(*_COLUMNS, column("limit_key"))
+    )
+
+
+def _claiming(statement: str, schema: str | None, free_slots: bool) -> TextClause:
+    """Return a claim with the parameters that all claims have."""
+    statement = statement.replace("{and_keys_are_free}", _KEYS_ARE_FREE if free_slots else "")
+    return text(_in_schema(statement, schema)).bindparams(
+        bindparam("pools", type_=ARRAY(String)),
+        bindparam("rooms", type_=ARRAY(Integer)),
+        bindparam("lane_priorities", type_=ARRAY(SmallInteger)),
+        bindparam("kinds", type_=ARRAY(String)),
+        bindparam("never_alone", type_=ARRAY(String)),
+        bindparam("worker_id", type_=Uuid()),
+        bindparam("total", type_=Integer),
+        bindparam("suspects", type_=Boolean),
     )
 
 
@@ -237,6 +355,8 @@ def _in_schema(statement: str, schema: str | None) -> str:
     return statement.format(
         jobs=prefix + jobs.name,
         workers=prefix + workers.name,
+        limits=prefix + limits.name,
+        claimed=_CLAIMED,
         running=JobState.RUNNING.bit,
         alone_from=ALONE_FROM,
         first_id=uuid.UUID(int=0),
@@ -258,6 +378,7 @@ class PostgreSQL(Dialect):
     why_oldest = "this library is tested with"
     session_locks = AdvisoryLocks()
     single_statements = True
+    claimed = (*CLAIMED[:4], cast(jobs.c.payload, String).label("payload"), *CLAIMED[5:])
     ear = Listening
 
     def level_of_a_statement(self, session: Session) -> str:
@@ -271,6 +392,12 @@ class PostgreSQL(Dialect):
             for row in found
             if not queues or row.queue in queues
         }
+
+    def limited_lanes(self, session: Session, after: str, most: int) -> list[LimitedLane]:
+        found = session.execute(
+            _limited_lanes(_schema(session)), {"after": after, "most": most}, bind_arguments=TO_JOB
+        )
+        return [LimitedLane(*row) for row in found]
 
     def ring(self, session: Session, queues: Collection[str]) -> None:
         session.execute(
@@ -304,8 +431,43 @@ class PostgreSQL(Dialect):
             bind_arguments=TO_JOB,
         ).all()
         # RETURNING has no order.
-        rows = sorted(rows, key=_ORDER)
-        return [claim_of(row, row[1], wanted.worker_id) for row in rows]
+        return [claim_of(row, row[1], wanted.worker_id) for row in sorted(rows, key=_ORDER)]
+
+    def claim_limited(
+        self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey], began_at: datetime
+    ) -> dict[str, list[Claim]]:
+        ordered = [each for each in keys if each.numbers.ordered]
+        claims = super().claim_limited(session, wanted, ordered, began_at)
+        rooms = Counter(wanted.rooms())
+        rooms.subtract(wanted.pool(each.queue) for found in claims.values() for each in found)
+        total = wanted.total - sum(map(len, claims.values()))
+        others = [each for each in keys if not each.numbers.ordered]
+        if not others or total <= 0:
+            return claims
+        rows = session.execute(
+            _claim_limited(_schema(session), wanted.free_slots),
+            {
+                "pools": list(rooms),
+                "rooms": list(rooms.values()),
+                "keys": [each.key for each in others],
+                "key_pools": [wanted.pool(each.queue) for each in others],
+                "key_queues": [each.queue for each in others],
+                "mosts": [each.most for each in others],
+                "allowed": [each.numbers.concurrency for each in others],
+                "lane_keys": [each.key for each in others for _ in each.priorities],
+                "lane_priorities": [n for each in others for n in each.priorities],
+                "kinds": list(wanted.kinds),
+                "never_alone": list(wanted.never_alone),
+                "worker_id": wanted.worker_id,
+                "total": total,
+                "suspects": wanted.suspects,
+                "began_at": began_at,
+            },
+            bind_arguments=TO_JOB,
+        ).all()
+        for row in sorted(rows, key=_ORDER):
+            claims.setdefault(row.limit_key, []).append(claim_of(row, row[1], wanted.worker_id))
+        return claims
 
     def complete_many(
         self,

@@ -24,6 +24,7 @@ from sqlalchemy_jobs.worker.clearing import Clearing
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.controls import Controls
 from sqlalchemy_jobs.worker.leases import Lease
+from sqlalchemy_jobs.worker.limiting import Limiting
 from sqlalchemy_jobs.worker.loops import SHORTEST_PAUSE
 from sqlalchemy_jobs.worker.pools import Pools
 from sqlalchemy_jobs.worker.settings import Settings
@@ -118,6 +119,8 @@ class Claimer:
         start: Callable[[], None],
         give_back: Callable[[list[Run]], None],
         drained: Callable[[], None],
+        controls: Controls,
+        limiting: Limiting,
     ) -> None:
         self._control = control
         self._lease = lease
@@ -146,14 +149,17 @@ class Claimer:
         self._sweep_at = 0.0
         self._next_due = math.inf
         self._pools = settings.pools
-        self._controls = Controls(handlers)
+        self._controls = controls
         self._speed = Speed(slots, self._pools)
         self._ahead_until = 0.0
         self._was_ahead = False
         self._reconciled_at = -math.inf
         self._has_claimed = False
         self._losses_seen = 0
-        self._clearing = Clearing()
+        self._limiting = limiting
+        self._limited_first = False
+        self._was_full = False
+        self._clearing = Clearing(self._lanes_of_suspects)
         self._batched = {kind: each for kind, each in handlers.items() if each.batch}
         self._fill_from: dict[str, float] = {}
 
@@ -171,7 +177,8 @@ class Claimer:
         if self._slots.waiting and self._controls.believed_for <= 0:
             self._control.statements(self._heed)
         self._slots.wake_at = math.inf  # before looking: what is given up meanwhile wakes this loop
-        ahead = self._speed.ahead() if time.monotonic() < self._ahead_until else {}
+        may_wait = time.monotonic() < self._ahead_until and not self._limiting.wants_slots
+        ahead = self._speed.ahead() if may_wait else {}
         free, _ = self._slots.room(ahead)
         enough = sum(ahead.values()) // 2
         if free <= enough:
@@ -189,7 +196,10 @@ class Claimer:
         # Woken from its sleep: most likely there is another job like the last ones.
         guesses = began_at < self._asleep_until and bool(self._last_lanes)
         self._asleep_until = 0.0
-        if guesses or self._sees_due():
+        self._limited_first = not self._limited_first
+        half = (free + self._limited_first) // 2 if self._lanes else free
+        limited = [] if ahead or guesses else self._claim_limited(worker_id, half)
+        if guesses or self._clearing.is_on or self._sees_due():
             claims, asked = self._carry_out(
                 lambda session: self._claim(session, worker_id, ahead, guesses)
             )
@@ -200,8 +210,9 @@ class Claimer:
             return 0.0  # and then it looks
         is_full = 0 < asked <= len(claims)
         self._looked_at = time.monotonic()
+        self._was_full = is_full
         self._wakeup.claimed(full=is_full)
-        self._has_claimed |= bool(claims)
+        self._has_claimed |= bool(claims or limited)
         taken = list(claims)
         try:
             if self._batched:
@@ -216,11 +227,18 @@ class Claimer:
             self._last_lanes = dict([*(last | self._last_lanes).items()][:MOST_GUESSED])
         if not is_full:
             self._ahead_until = 0.0
-        elif not ahead and all(map(self._might_wait, claims)):
+        elif not ahead and not self._limiting.wants_slots and all(map(self._might_wait, claims)):
             self._ahead_until = time.monotonic() + LONGEST_AHEAD
-        if claims or marked:
+        if not is_full and not ahead and half < free:  # what the others leave
+            limited += self._claim_limited(worker_id, free)
+        if not claims and not limited and self._slots.is_idle():
+            limited = self._begin(self._limiting.claim_suspect(self._wanted(worker_id, 1)))
+        if self._limiting.wants_slots:
+            self._slots.wake_at = math.inf
+        if claims or marked or limited:
             self._idle_polls = 0
-            return 0.0 if is_full or marked else min(IDLE_WAITS[0], self._poll)
+            at_once = is_full or marked or self._limiting.wants_slots
+            return 0.0 if at_once else min(IDLE_WAITS[0], self._poll, self._limiting.wait)
         self._tell_if_drained()
         self._idle_polls += 1
         wait = self._idle_wait()
@@ -251,6 +269,37 @@ class Claimer:
     def _unpaused(self, lanes: Iterable[Lane]) -> list[Lane]:
         return [lane for lane in lanes if not self._controls.queue(lane[0]).paused]
 
+    def _claim_limited(self, worker_id: uuid.UUID, most: int) -> list[Claim]:
+        """Claim and start jobs that count against limits: for free slots only, and none while a suspect is waited for."""
+        if most == 0 or self._clearing.is_on:
+            return []
+        self._limiting.look(is_busy=self._was_full)
+        if not self._limiting.wants_slots:
+            return []
+        if self._controls.expired or self._controls.believed_for <= 0:
+            self._control.statements(self._heed)
+        return self._begin(self._limiting.claim(self._wanted(worker_id, most)))
+
+    def _wanted(self, worker_id: uuid.UUID, total: int) -> Wanted:
+        return Wanted(
+            worker_id,
+            self._controls.kinds,
+            (),
+            {},
+            total,
+            never_alone=self._not_repeated,
+            free_slots=self._free_slots,
+        )
+
+    def _begin(self, claims: list[Claim]) -> list[Claim]:
+        if claims:
+            self._slots.take([Run(claim) for claim in claims])
+            self._start()
+        return claims
+
+    def _lanes_of_suspects(self, session: Session, wanted: Wanted) -> list[Lane]:
+        return self._limiting.suspects or transitions.lanes_of_suspects(session, wanted)
+
     def _might_wait(self, claim: Claim) -> bool:
         """Tell whether a claim ahead would have brought this job: where others come, there may be more of them."""
         return not claim.crashes and claim.kind not in self._not_repeated
@@ -271,7 +320,8 @@ class Claimer:
             wait = self._wakeup.longest_sleep(self._idle_polls - len(IDLE_WAITS))
         else:  # what it runs may become due again, and nobody rings for that
             wait = self._poll
-        return min(wait, max(self._next_due - time.monotonic(), SHORTEST_WAIT))
+        due_in = min(self._next_due - time.monotonic(), self._limiting.wait)
+        return min(wait, max(due_in, SHORTEST_WAIT))
 
     def _too_early(self) -> float:
         """Return for how long not to look: others were quicker than this one each time that it was woken."""
@@ -299,7 +349,7 @@ class Claimer:
         asked = min(free, sum(rooms[pool] for pool in set(pools.values())))
         if len(pools) == len(queues):  # no slot that is given up would let it claim more
             self._slots.wake_at = -1
-        if asked <= 0:
+        if asked <= 0 and not self._limiting.suspects:
             return [], 0
         wanted = Wanted(
             worker_id,

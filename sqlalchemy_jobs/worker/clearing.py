@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable
 
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import transitions
 from sqlalchemy_jobs.claims import Lane, Wanted
 
 log = logging.getLogger("sqlalchemy_jobs")
@@ -28,16 +28,21 @@ class Clearing:
     is seen. A look follows a claim, so between two clearings there is one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, find: Callable[[Session, Wanted], list[Lane]]) -> None:
+        self._find = find
         self._look_at = time.monotonic() + random.uniform(*LOOK)
         self._since: float | None = None
+
+    @property
+    def is_on(self) -> bool:
+        return self._since is not None
 
     def begin_if_needed(self, session: Session, wanted: Wanted) -> None:
         """Begin when a suspect waits; looked up now and then only."""
         now = time.monotonic()
         if self._since is None and now >= self._look_at:
             self._look_at = now + random.uniform(*LOOK)
-            if transitions.lanes_of_suspects(session, wanted):
+            if self._find(session, wanted):
                 self._since = now
 
     def lanes(self, session: Session, wanted: Wanted) -> list[Lane]:
@@ -47,7 +52,7 @@ class Clearing:
         """
         if self._since is None:
             return []
-        found = transitions.lanes_of_suspects(session, wanted)
+        found = self._find(session, wanted)
         if found and time.monotonic() - self._since < CLEAR_FOR:
             return found
         if found:

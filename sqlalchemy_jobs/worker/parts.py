@@ -6,6 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,12 @@ from sqlalchemy_jobs.worker import batches, connections, execution, preflight
 from sqlalchemy_jobs.worker.availability import Availability
 from sqlalchemy_jobs.worker.claiming import Claimer
 from sqlalchemy_jobs.worker.control import Control, direct
+from sqlalchemy_jobs.worker.controls import Controls
 from sqlalchemy_jobs.worker.execution import Transition
 from sqlalchemy_jobs.worker.executors import Supervisor, Threads, Work
 from sqlalchemy_jobs.worker.handling import Handling
 from sqlalchemy_jobs.worker.leases import Lease, own_name
+from sqlalchemy_jobs.worker.limiting import Limiting
 from sqlalchemy_jobs.worker.listening import Listener
 from sqlalchemy_jobs.worker.locks import SessionLock
 from sqlalchemy_jobs.worker.lookout import Lookout
@@ -76,8 +79,18 @@ class Parts:
         )
         batched = {kind: each for kind, each in self._handlers.items() if each.batch}
         self.slots = Slots(self._total, settings.pools, self._on_change, batched)
+        controls = Controls(self._handlers)
+        self._limiting = Limiting(
+            self._control,
+            self.slots,
+            self._handlers,
+            settings.pools,
+            controls,
+            settings.poll_interval.total_seconds(),
+            lambda: self._claiming.wake(),
+        )
         self._settler = Settler(
-            self._control, self.slots.disown, lambda: self.slots.waiting > self._total
+            self._control, self._disown, lambda: self.slots.waiting > self._total
         )
         self._timeouts = Timeouts(lambda: self._timing.wake(), self._on_hung)
         supervisor = Supervisor(app, self._control, self._timeouts, self._on_end, self._end_apart)
@@ -140,6 +153,8 @@ class Parts:
             self._start_waiting,
             self._give_back,
             lambda: self._inbox.put("drained"),
+            controls,
+            self._limiting,
         )
         self._lookout = Lookout(self._control, self.slots, self._call_off)
         self._claiming = Loop("claim", self._claimer.step)
@@ -295,6 +310,10 @@ class Parts:
         for run in runs:
             self._settle(run, transitions.give_back)
 
+    def _disown(self, runs: Sequence[Run]) -> None:
+        self.slots.disown(runs)
+        self._limiting.disowned(runs)
+
     def _settle(self, run: Run, transition: Transition) -> None:
         if isinstance(run, Batch):
             for each, its_own in batches.each_of(run, transition):
@@ -307,7 +326,7 @@ class Parts:
         """End a run of a batch for itself; the batch goes on without it."""
         batch.apart.add(run)
         if transition is None:
-            self.slots.disown([run])
+            self._disown([run])
         else:
             self._settle(run, transition)
 
@@ -315,7 +334,7 @@ class Parts:
         if not self.slots.ended(run):
             return  # it was given up, and its end is written down
         if transition is None:
-            self.slots.disown(run.runs if isinstance(run, Batch) else [run])
+            self._disown(run.runs if isinstance(run, Batch) else [run])
         else:
             self._settle(run, transition)
 
@@ -358,6 +377,8 @@ class Parts:
         if not dead:  # what waits is not to begin
             self._give_back(self.slots.withdraw())
         runs = self.slots.disown_all() if dead else self.slots.running()
+        if dead:
+            self._limiting.disowned(runs)
         for run in runs:
             self._stop(run)
 

@@ -362,6 +362,8 @@ def test_a_slow_look_does_not_hide_a_new_lane_for_long(sqlite: Database) -> None
         lambda: None,
         lambda runs: None,
         lambda: None,
+        cast(Any, None),
+        cast(Any, None),
     )
     now = time.monotonic()
     first = Claim(uuid.uuid4(), 1, uuid.uuid4(), queue="default", run_at=datetime.now(UTC))

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sqlalchemy_jobs import Unique, job
+from sqlalchemy_jobs import Limit, Unique, job
 from sqlalchemy_jobs.backoff import quartic
 from sqlalchemy_jobs.codec import decode, encode
 from sqlalchemy_jobs.errors import (
@@ -89,6 +89,7 @@ def test_a_declaration_keeps_every_option() -> None:
         aliases=["old", "older"],
         upgrade=upgrade,
         unique=Unique(),
+        limit=Limit(concurrency=3),
         timeout=timedelta(seconds=7),
         on_crash="fail",
         keep=timedelta(0),
@@ -104,6 +105,7 @@ def test_a_declaration_keeps_every_option() -> None:
         ("old", "older"),
         upgrade,
         Unique(),
+        Limit(concurrency=3),
         timedelta(seconds=7),
         "fail",
         timedelta(0),
@@ -134,7 +136,7 @@ def test_options_that_cannot_be_are_refused_at_the_declaration(
 def test_the_defaults_of_a_declaration() -> None:
     cls = job("k")(a_dataclass())
     assert declaration_of(cls) == Declaration(
-        "k", "default", 0, 20, quartic, (), (), None, None, None, "retry", None, None
+        "k", "default", 0, 20, quartic, (), (), None, None, None, None, "retry", None, None
     )
 
 

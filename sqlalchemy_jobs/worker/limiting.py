@@ -1,0 +1,260 @@
+"""Claims the jobs that count against limits: of which keys, and when to look again."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs import dialects, transitions
+from sqlalchemy_jobs.app import Handler
+from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Lane, LimitedKey, LimitedLane, Wanted
+from sqlalchemy_jobs.limits import Numbers, name_of
+from sqlalchemy_jobs.runs import Run
+from sqlalchemy_jobs.worker.control import Control
+from sqlalchemy_jobs.worker.controls import Controls
+from sqlalchemy_jobs.worker.pools import Pools
+from sqlalchemy_jobs.worker.slots import Slots
+
+LANES = 200
+"""How many lanes one look goes through."""
+LOOKS = 5
+"""How many times in a row it looks on when all keys were blocked; then the other jobs have their turn."""
+KEYS = 50
+"""How many keys one claim locks at most."""
+SWEEP = 1.0
+"""Seconds for which a busy worker may miss a key that is new, or that another worker has made free."""
+LOOKS_SHARE = 20
+"""A busy worker looks again after so many times as long as it took: there may be many keys."""
+ROUND_SHARE = 5
+"""The same for an idle worker that has not been through all keys yet."""
+PROBE = 60.0
+"""Seconds between two looks of a worker whose code has no limits, for jobs that were enqueued when it had."""
+UNLIMITED = Numbers()
+
+
+class Limiting:
+    """Each key has its turn, one after the other, and one that is blocked does not hold up the others.
+
+    For the claimer's thread; but ``disowned`` is for any.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        slots: Slots,
+        handlers: Mapping[str, Handler],
+        pools: Pools,
+        controls: Controls,
+        poll: float,
+        wake: Callable[[], None],
+    ) -> None:
+        self._control = control
+        self._slots = slots
+        self._handlers = handlers
+        self._pools = pools
+        self._controls = controls
+        self._poll = poll
+        self._wake = wake
+        self._numbers = {
+            name: each.declaration.limit.numbers
+            for each in handlers.values()
+            if each.declaration.limit is not None
+            for name in each.declaration.limit_names
+        }
+        self._has_found = False
+        self._look_at = self._next_due = -math.inf
+        self._cursor = ""
+        """Behind which key the next look begins; "" for a new round."""
+        self._found_in_round = False
+        self._due_in_round = math.inf
+        self._open: OrderedDict[tuple[str, str], LimitedKey] = OrderedDict()
+        """By key and queue; the next one to have its turn first."""
+        self._blocked: dict[str, list[LimitedKey]] = {}
+        self._suspects: dict[str, LimitedKey] = {}
+        self._running: Counter[str] = Counter()
+        """How many jobs of a key were running when it was looked at, with what was claimed since."""
+        self._ours: dict[uuid.UUID, str] = {}
+        self._freed: deque[str] = deque()
+
+    # --- for the claimer ----------------------------------------------------------------------------
+
+    def claim(self, wanted: Wanted) -> list[Claim]:
+        """Claim jobs for slots that are free now."""
+        return self._claim(wanted, self._open) if self._open else []
+
+    def look(self, *, is_busy: bool) -> None:
+        """Look which keys may have jobs to claim, if it is time to: a busy worker does so now and then only."""
+        while self._freed:
+            key = self._freed.popleft()
+            self._running[key] -= 1
+            for each in self._blocked.pop(key, ()):
+                self._open[each.key, each.queue] = each
+        now = time.monotonic()
+        if now >= self._look_at or not (is_busy or self._open or self._is_dormant):
+            self._look(now)
+
+    def claim_suspect(self, wanted: Wanted) -> list[Claim]:
+        """Claim a job that must run alone."""
+        if not self._suspects:
+            return []
+        suspects = {(key, each.queue): each for key, each in self._suspects.items()}
+        self._suspects.clear()
+        return self._claim(replace(wanted, total=1, suspects=True), suspects)
+
+    @property
+    def suspects(self) -> list[Lane]:
+        """The lanes of jobs that must run alone."""
+        return [(each.queue, each.priorities[0]) for each in self._suspects.values()]
+
+    @property
+    def wants_slots(self) -> bool:
+        """Whether there may be jobs to claim as soon as there is a slot."""
+        return bool(self._open or self._freed)
+
+    @property
+    def wait(self) -> float:
+        """Seconds until there may be something to claim that nobody tells of."""
+        return 0.0 if self._freed else max(self._next_due - time.monotonic(), 0.0)
+
+    def disowned(self, runs: Iterable[Run]) -> None:
+        """Take note of runs whose jobs are not running here any more: others of their keys may begin."""
+        keys = [key for run in runs if (key := self._ours.pop(run.job_id, None)) is not None]
+        self._freed.extend(keys)
+        if any(key in self._blocked for key in keys):
+            self._wake()
+
+    # --- looking ------------------------------------------------------------------------------------
+
+    @property
+    def _is_dormant(self) -> bool:
+        """Whether nothing is expected: the code has no limits, and no job is left from when it had."""
+        return not self._numbers and not self._has_found
+
+    def _look(self, began_at: float) -> None:
+        for _ in range(LOOKS):
+            if not self._cursor:
+                self._found_in_round, self._due_in_round = False, math.inf
+                for of_round in (self._blocked, self._suspects, self._running):
+                    of_round.clear()
+            lanes = self._control.statements(self._lanes)
+            for each in lanes:
+                self._sort_in(each, began_at)
+            self._has_found = self._found_in_round or (self._has_found and bool(self._cursor))
+            if self._open or not self._cursor:
+                break
+        now = time.monotonic()
+        took = now - began_at
+        self._look_at = now + (PROBE if self._is_dormant else max(SWEEP, LOOKS_SHARE * took))
+        # Others free keys too, and do not tell.
+        again = min(ROUND_SHARE * took, self._poll) if self._cursor else self._poll
+        self._next_due = min(self._due_in_round, now + again if self._found_in_round else math.inf)
+
+    def _lanes(self, session: Session) -> list[LimitedLane]:
+        """Return the next lanes that are ours; of an ordered key that of its oldest job."""
+        dialect = dialects.of(session)
+        found = dialect.limited_lanes(session, self._cursor, LANES)
+        self._cursor = found[-1].key if len(found) == LANES else ""
+        ours = [each for each in found if self._is_ours(each)]
+        if new := {each.key for each in ours if not each.is_known}:
+            transitions.add_keys(session, new)
+        ordered = {each.key for each in ours if self._numbers_of(each.key).ordered}
+        if not ordered:
+            return ours
+        opens = {each.key: each.opens for each in ours}
+        heads = dialect.ordered_heads(session, sorted(ordered))
+        return [each for each in ours if each.key not in ordered] + [
+            each._replace(opens=opens[each.key]) for each in heads if self._is_ours(each)
+        ]
+
+    def _is_ours(self, lane: LimitedLane) -> bool:
+        """Tell whether the lane may have jobs for this worker; keys that only others know are left to them."""
+        is_served = self._pools.serves(lane.queue)
+        return is_served and (lane.kind in self._handlers or name_of(lane.key) in self._numbers)
+
+    def _numbers_of(self, key: str) -> Numbers:
+        return self._numbers.get(name_of(key), UNLIMITED)
+
+    def _sort_in(self, lane: LimitedLane, now: float) -> None:
+        """Note whether there is something to claim in a lane, and else until when there is not."""
+        self._found_in_round = True
+        self._running[lane.key] = lane.running
+        numbers = self._numbers_of(lane.key)
+        due = lane.due
+        if numbers.rate is not None:
+            # Later than that it cannot be: then the server's clock was set back.
+            due = max(due, min(lane.opens, numbers.rate.window.total_seconds()))
+        if due > 0:
+            self._due_in_round = min(self._due_in_round, now + due)
+            return
+        key = LimitedKey(lane.key, lane.queue, [lane.priority], numbers, 0)
+        if lane.crashes >= ALONE_FROM and not self._is_never_alone(lane.kind):
+            self._suspects[lane.key] = key
+        if numbers.concurrency is not None and lane.running >= numbers.concurrency:
+            self._blocked.setdefault(lane.key, []).append(key)
+        else:
+            known = self._open.get((lane.key, lane.queue), key)
+            priorities = sorted({*known.priorities, lane.priority})
+            self._open[lane.key, lane.queue] = replace(key, priorities=priorities)
+
+    def _is_never_alone(self, kind: str) -> bool:
+        handler = self._handlers.get(kind)
+        return handler is not None and handler.declaration.on_crash == "fail"
+
+    # --- claiming -----------------------------------------------------------------------------------
+
+    def _claim(self, wanted: Wanted, keys: dict[tuple[str, str], LimitedKey]) -> list[Claim]:
+        """Claim jobs of the first of these keys, about as many of each; take the keys out, and keep what may have more."""
+        free, rooms = self._slots.room()
+        queues = {queue for _, queue in keys if not self._controls.queue(queue).paused}
+        pools = self._pools.in_turn(queues, rooms)
+        total = min(wanted.total, free)
+        picked: dict[str, LimitedKey] = {}
+        for where, each in list(keys.items()):
+            if len(picked) == KEYS:
+                break
+            if each.queue in pools and each.key not in picked:
+                picked[each.key] = keys.pop(where)
+        if not picked or total <= 0:
+            return []
+        most = -(-total // len(picked))
+        found = self._control.transaction(
+            partial(
+                transitions.claim_limited,
+                wanted=replace(
+                    wanted,
+                    room={queue: rooms[pool] for queue, pool in pools.items()},
+                    pools=pools,
+                    total=total,
+                ),
+                keys=[replace(each, most=most) for each in picked.values()],
+            )
+        )
+        claims = [claim for of_key in found.values() for claim in of_key]
+        left = Counter(rooms)
+        left.subtract(pools[claim.queue] for claim in claims)
+        for each in reversed(picked.values()):
+            had_room = len(claims) < total and left[pools[each.queue]] > 0
+            self._put_back(each, found.get(each.key, []), most, had_room)
+        if claims and not self._open and self._cursor:
+            self._look_at = -math.inf  # the round goes on
+        return claims
+
+    def _put_back(self, key: LimitedKey, claims: list[Claim], most: int, had_room: bool) -> None:
+        """Keep a key of which there may be more to claim: to have its turn after the others, or when a run has ended."""
+        self._running[key.key] += len(claims)
+        allowed = key.numbers.concurrency
+        if allowed is not None:
+            self._ours.update((claim.job_id, key.key) for claim in claims)
+        if allowed is not None and self._running[key.key] >= allowed:
+            self._blocked.setdefault(key.key, []).append(key)
+        elif not had_room or len(claims) == most:
+            self._open[key.key, key.queue] = key
+            if not claims:  # it had no turn
+                self._open.move_to_end((key.key, key.queue), last=False)

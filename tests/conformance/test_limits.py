@@ -1,0 +1,575 @@
+"""Limits hold over all workers, whatever dies, and a key that is blocked does not hold up the others."""
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from sqlalchemy_jobs import (
+    Job,
+    JobApp,
+    JobState,
+    Limit,
+    Retry,
+    Worker,
+    dialects,
+    enqueue_many,
+    job,
+    transitions,
+)
+from sqlalchemy_jobs.claims import Claim, LimitedKey, Wanted
+from sqlalchemy_jobs.columns import server_now
+from sqlalchemy_jobs.limits import Numbers, Rate
+from sqlalchemy_jobs.models import LimitRow
+from sqlalchemy_jobs.tables import limits
+from sqlalchemy_jobs.worker import limiting
+from tests.conformance.test_poison import until
+from tests.conformance.test_transitions import BOOM, Bench
+from tests.databases import Database
+
+
+@job("three", limit=Limit(concurrency=3))
+@dataclass(frozen=True)
+class Three:
+    n: int = 0
+
+
+@job("charge", limit=Limit(concurrency=1, key="account"), max_attempts=3)
+@dataclass(frozen=True)
+class Charge:
+    account: int | None = 1
+    n: int = 0
+
+
+@job("call", limit=Limit(rate="3/hour", name="api"))
+@dataclass(frozen=True)
+class Call:
+    n: int = 0
+
+
+@job("step", limit=Limit(key="order", ordered=True))
+@dataclass(frozen=True)
+class Step:
+    order: str = "a"
+    n: int = 0
+
+
+@job("plain")
+@dataclass(frozen=True)
+class Plain:
+    n: int = 0
+
+
+THREE = Numbers(concurrency=3)
+ONE = Numbers(concurrency=1)
+ORDERED = Numbers(concurrency=1, ordered=True)
+RATE = Numbers(rate=Rate(3, timedelta(hours=1)))
+
+
+class LimitBench(Bench):
+    """Claims by hand: every call is a transaction of its own."""
+
+    def claim_of(
+        self, worker: uuid.UUID, *keys: str, numbers: Numbers = THREE, most: int = 10
+    ) -> list[Claim]:
+        return self.do(lambda session: self.claim_in(session, worker, keys, numbers, most))
+
+    @staticmethod
+    def claim_in(
+        session: Session, worker: uuid.UUID, keys: Sequence[str], numbers: Numbers, most: int = 10
+    ) -> list[Claim]:
+        kinds = ["three", "charge", "call", "step"]
+        found = transitions.claim_limited(
+            session,
+            Wanted(worker, kinds, (), {"default": most}, most),
+            [LimitedKey(key, "default", [0], numbers, most) for key in keys],
+        )
+        return [claim for of_key in found.values() for claim in of_key]
+
+    def add_limited(self, *payloads: Any, **options: Any) -> list[uuid.UUID]:
+        """Add jobs, and the rows of their keys."""
+        ids = self.add(*payloads, **options)
+
+        def add_keys(session: Session) -> None:
+            keys = set(session.scalars(select(Job.limit_key))) - {None}
+            transitions.add_keys(session, [key for key in keys if key])
+
+        self.do(add_keys)
+        return ids
+
+    def age(self, seconds: float) -> None:
+        """Let so many seconds pass, as far as rates know."""
+
+        def shift(session: Session) -> None:
+            for row in session.scalars(select(LimitRow)):
+                row.used = [[at - int(seconds * 1e6), count] for at, count in row.used or ()]
+                if row.next_at is not None:
+                    row.next_at -= timedelta(seconds=seconds)
+
+        self.do(shift)
+
+
+@pytest.fixture
+def bench(database: Database) -> Iterator[LimitBench]:
+    bench = LimitBench(database)
+    yield bench
+    bench.control.close()
+
+
+def add(database: Database, *payloads: Any, **options: Any) -> None:
+    with database.sessions().begin() as session:
+        enqueue_many(session, payloads, **options)
+
+
+class Counting:
+    """A handler that knows how many of it ran at once, by key."""
+
+    def __init__(
+        self,
+        app: JobApp[Any, Any],
+        payload: type[Any],
+        key: Callable[[Any], object] = lambda payload: None,
+    ) -> None:
+        self.most: Counter[Any] = Counter()
+        self.ran: list[Any] = []
+        self._at_once: Counter[Any] = Counter()
+        self._lock = threading.Lock()
+        self._key = key
+        app.handler(payload)(self._handle)
+
+    def _handle(self, session: Session, payload: Any) -> None:
+        key = self._key(payload)
+        with self._lock:
+            self.ran.append(payload)
+            self._at_once[key] += 1
+            self.most[key] = max(self.most[key], self._at_once[key])
+        time.sleep(0.002)
+        with self._lock:
+            self._at_once[key] -= 1
+
+
+# ------------------------------------------------------------------------------ never more at once
+
+
+def test_no_more_jobs_run_at_once_than_their_limits_say(database: Database) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    three = Counting(app, Three)
+    charge = Counting(app, Charge, lambda payload: payload.account)
+    plain = Counting(app, Plain)
+    add(database, *(Three(n) for n in range(30)), *(Plain(n) for n in range(30)))
+    add(database, *(Charge(n % 7 or None, n) for n in range(35)))
+    assert Worker(app, drain=True, concurrency=8).run()
+    assert three.most[None] == 3
+    del charge.most[None]  # without a key there is no limit
+    assert charge.most == dict.fromkeys(range(1, 7), 1)
+    assert [len(each.ran) for each in (three, charge, plain)] == [30, 35, 30]
+
+
+def test_claimers_that_hammer_two_keys_never_exceed_the_limit(database: Database) -> None:
+    bench = LimitBench(database)
+    bench.add_limited(*(Three(n) for n in range(120)), *(Charge(1, n) for n in range(60)))
+    running = (
+        select(func.count())
+        .where(Job.state == JobState.RUNNING, Job.limit_key.is_not(None))
+        .group_by(Job.kind)
+    )
+    seen: list[int] = []
+    done: list[uuid.UUID] = []
+    errors: list[BaseException] = []
+
+    def hammer() -> None:
+        own = LimitBench(database)
+        try:
+            worker = own.worker()
+            nothing = 0
+            while nothing < 20:
+                claims = own.claim_of(worker, "three", "charge/1", most=4)
+                seen.extend(own.do(lambda session: session.scalars(running).all()))
+                done.extend(own.do(lambda s, c=claims: transitions.complete_many(s, c)))  # type: ignore[misc]
+                nothing = 0 if claims else nothing + 1
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            own.control.close()
+
+    threads = [threading.Thread(target=hammer) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert max(seen) == 3
+    assert len(done) == len(set(done)) == 180
+    bench.control.close()
+
+
+@pytest.mark.parametrize("numbers", [THREE, ORDERED, RATE], ids=["three", "ordered", "rate"])
+def test_a_key_that_another_worker_claims_is_passed_over(
+    row_locks: Database, numbers: Numbers
+) -> None:
+    bench = LimitBench(row_locks)
+    bench.add_limited(*(Three(n) for n in range(8)))
+    with _open_claim(bench, row_locks, numbers):
+        assert bench.claim_of(bench.worker(), "three", numbers=numbers) == []
+    bench.control.close()
+
+
+def test_without_the_lock_of_its_row_a_key_would_be_exceeded(
+    row_locks: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the tests above would see it."""
+    unlocked = select(limits.c.limit_key, limits.c.used, server_now().label("now"))
+    monkeypatch.setattr(transitions, "_LOCK_KEYS", unlocked)
+    bench = LimitBench(row_locks)
+    bench.add_limited(*(Three(n) for n in range(8)))
+    with _open_claim(bench, row_locks, THREE):
+        assert len(bench.claim_of(bench.worker(), "three")) == 3
+    assert count(row_locks, Job.state == "running") == 6
+    bench.control.close()
+
+
+@contextmanager
+def _open_claim(bench: LimitBench, database: Database, numbers: Numbers) -> Iterator[None]:
+    """A claim whose transaction has not ended."""
+    worker = bench.worker()
+    with database.sessions()() as session:
+        session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+        assert bench.claim_in(session, worker, ["three"], numbers)
+        yield
+        session.commit()
+
+
+def test_the_slots_of_a_dead_worker_come_back_with_its_jobs(bench: LimitBench) -> None:
+    bench.add_limited(*(Three(n) for n in range(5)))
+    dead, alive = bench.worker(), bench.worker()
+    taken = bench.claim_of(dead, "three")
+    assert len(taken) == 3
+    assert bench.claim_of(alive, "three") == []
+    assert set(bench.declare_dead(dead) or ()) == {each.job_id for each in taken}
+    assert len(bench.claim_of(alive, "three")) == 3
+    assert bench.claim_of(dead, "three") == []
+
+
+def test_a_worker_that_was_declared_dead_claims_nothing(bench: LimitBench) -> None:
+    bench.add_limited(Three(), Step())
+    worker = bench.worker()
+    bench.declare_dead(worker)
+    assert bench.claim_of(worker, "three") == []
+    assert bench.claim_of(worker, "step/a", numbers=ORDERED) == []
+
+
+ENDINGS: dict[str, Callable[[Session, Claim], object]] = {
+    "complete": transitions.complete,
+    "discard": transitions.discard,
+    "fail": lambda session, claim: transitions.fail(session, claim, failure=BOOM),
+    "cancel": lambda session, claim: transitions.cancel(session, claim, reason=""),
+    "retry": lambda session, claim: transitions.retry(
+        session, claim, failure=BOOM, delay=timedelta(hours=1)
+    ),
+    "snooze": lambda session, claim: transitions.snooze(session, claim, delay=timedelta(hours=1)),
+    "release": lambda session, claim: transitions.release(session, claim, reason=""),
+    "give back": transitions.give_back,
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_however_a_run_ends_its_place_is_free_again(bench: LimitBench, ending: str) -> None:
+    bench.add_limited(Charge(1, 0), Charge(1, 1))
+    worker = bench.worker()
+    (first,) = bench.claim_of(worker, "charge/1", numbers=ONE)
+    assert bench.claim_of(worker, "charge/1", numbers=ONE) == []
+    bench.do(lambda session: ENDINGS[ending](session, first))
+    assert len(bench.claim_of(worker, "charge/1", numbers=ONE)) == 1
+    assert bench.claim_of(worker, "charge/1", numbers=ONE) == []
+
+
+# ------------------------------------------------------------------------------------------- rates
+
+
+def test_no_more_jobs_begin_within_the_window_than_the_rate_says(bench: LimitBench) -> None:
+    bench.add_limited(*(Call(n) for n in range(9)))
+    worker = bench.worker()
+    first = bench.claim_of(worker, "api", numbers=RATE, most=2)
+    bench.age(1800)
+    assert len(first) == 2
+    assert len(bench.claim_of(worker, "api", numbers=RATE)) == 1
+    bench.age(1790)
+    assert bench.claim_of(worker, "api", numbers=RATE) == []
+    bench.age(11)
+    assert len(bench.claim_of(worker, "api", numbers=RATE)) == 2
+    assert bench.claim_of(worker, "api", numbers=RATE) == []
+
+
+def test_a_retry_and_a_run_whose_worker_died_count_as_starts(bench: LimitBench) -> None:
+    bench.add_limited(Call(0), Call(1))
+    dead, worker = bench.worker(), bench.worker()
+    one, _ = bench.claim_of(dead, "api", numbers=RATE)
+    bench.do(lambda s: transitions.retry(s, one, failure=BOOM, delay=timedelta(0)))
+    bench.declare_dead(dead)
+    assert len(bench.claim_of(worker, "api", numbers=RATE)) == 1
+    assert bench.claim_of(worker, "api", numbers=RATE) == []
+
+
+def test_a_claim_that_was_rolled_back_has_used_nothing_of_the_rate(bench: LimitBench) -> None:
+    bench.add_limited(*(Call(n) for n in range(5)))
+    worker = bench.worker()
+
+    def claim_and_break(session: Session) -> None:
+        assert len(bench.claim_in(session, worker, ["api"], RATE)) == 3
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        bench.do(claim_and_break)
+    assert len(bench.claim_of(worker, "api", numbers=RATE)) == 3
+
+
+def test_a_rate_and_a_concurrency_hold_together(bench: LimitBench) -> None:
+    both = Numbers(concurrency=2, rate=RATE.rate)
+    bench.add_limited(*(Call(n) for n in range(5)))
+    worker = bench.worker()
+    claims = bench.claim_of(worker, "api", numbers=both)
+    assert len(claims) == 2
+    bench.do(lambda s: transitions.complete_many(s, claims))
+    assert len(bench.claim_of(worker, "api", numbers=both)) == 1
+    assert bench.claim_of(worker, "api", numbers=both) == []
+
+
+def test_a_worker_starts_jobs_again_as_soon_as_the_rate_lets_it(database: Database) -> None:
+    @job("tick", limit=Limit(rate="2/1s"))
+    @dataclass(frozen=True)
+    class Tick:
+        n: int
+
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    Counting(app, Tick)
+    add(database, *(Tick(n) for n in range(6)))
+    with app.worker(concurrency=4, poll_interval=timedelta(seconds=30)):
+        until(lambda: count(database, Job.state == "succeeded") == 6)
+    with database.sessions()() as session:
+        began = list(session.scalars(select(Job.started_at).order_by(Job.started_at)))
+    for first, third in zip(began, began[2:], strict=False):
+        assert first and third and third - first >= timedelta(seconds=1)
+
+
+# ----------------------------------------------------------------------------------------- ordered
+
+
+@pytest.mark.parametrize("ending", ["retry", "snooze", "release", "rescue", "complete", "fail"])
+def test_nothing_of_an_ordered_key_overtakes_its_oldest_job(bench: LimitBench, ending: str) -> None:
+    ids = bench.add_limited(*(Step(n=n) for n in range(3)), priority=0)
+    worker, other = bench.worker(), bench.worker()
+    (claim,) = bench.claim_of(worker, "step/a", numbers=ORDERED)
+    assert claim.job_id == ids[0]
+    assert bench.claim_of(other, "step/a", numbers=ORDERED) == []
+    if ending == "rescue":
+        bench.declare_dead(worker)
+    else:
+        bench.do(lambda session: ENDINGS[ending](session, claim))
+    got = bench.claim_of(other, "step/a", numbers=ORDERED)
+    expected = {
+        "retry": [],
+        "snooze": [],
+        "release": ids[:1],
+        "rescue": ids[:1],
+        "complete": ids[1:2],
+        "fail": ids[1:2],
+    }
+    assert [each.job_id for each in got] == expected[ending]
+
+
+def test_an_ordered_key_keeps_to_the_order_of_enqueueing_whatever_the_priority(
+    database: Database,
+) -> None:
+    """A failing head is tried again before the next one begins."""
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    ran: list[Step] = []
+
+    @app.handler(Step)
+    def step(session: Session, payload: Step) -> None:
+        ran.append(payload)
+        if ran.count(payload) < 2 and payload.n % 5 == 0:
+            raise Retry(timedelta(milliseconds=20))
+
+    add(database, *(Step("ab"[n % 2], n) for n in range(20)), priority=1)
+    add(database, *(Step("ab"[n % 2], n) for n in range(20, 30)), priority=-1)
+    assert Worker(app, drain=True, concurrency=8).run() is not None
+    until(lambda: Worker(app, drain=True).run() and count(database, Job.state == "ready") == 0)
+    for order in "ab":
+        numbers = [each.n for each in ran if each.order == order]
+        assert numbers == sorted(numbers) and len(set(numbers)) == 15
+
+
+# ------------------------------------------------------------------------- waking up, and fairness
+
+
+def count(database: Database, *where: Any) -> int:
+    with database.sessions()() as session:
+        return session.scalar(select(func.count()).select_from(Job).where(*where)) or 0
+
+
+def test_a_key_that_its_own_worker_frees_goes_on_at_once(database: Database) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    Counting(app, Charge)
+    add(database, *(Charge(1, n) for n in range(10)))
+    with app.worker(concurrency=2, poll_interval=timedelta(seconds=60)):
+        until(lambda: count(database, Job.state == "succeeded") == 10, 20)
+
+
+def test_a_key_that_another_worker_frees_is_found_by_polling(
+    bench: LimitBench, database: Database
+) -> None:
+    bench.add_limited(Charge(1, 0), Charge(1, 1))
+    (held,) = bench.claim_of(bench.worker(), "charge/1", numbers=ONE)
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    charge = Counting(app, Charge)
+    with app.worker(concurrency=2, poll_interval=timedelta(seconds=0.2)):
+        time.sleep(0.1)
+        assert charge.ran == []
+        bench.do(lambda session: transitions.complete(session, held))
+        until(lambda: charge.ran == [Charge(1, 1)])
+
+
+def test_a_delayed_job_with_a_limit_starts_on_time(database: Database) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    Counting(app, Charge)
+    Counting(app, Step)
+    add(database, Charge(1), Step(), delay=timedelta(seconds=1.5))
+    with app.worker(concurrency=2, poll_interval=timedelta(seconds=60)):
+        until(lambda: count(database, Job.state == "succeeded") == 2, 20)
+    with database.sessions()() as session:
+        for row in session.scalars(select(Job)):
+            assert row.started_at and timedelta(0) <= row.started_at - row.run_at < timedelta(
+                seconds=1
+            )
+
+
+def test_blocked_keys_hold_up_neither_other_keys_nor_other_jobs(
+    bench: LimitBench, database: Database
+) -> None:
+    bench.add_limited(*(Charge(1, n) for n in range(500)))
+    bench.claim_of(bench.worker(), "charge/1", numbers=ONE)
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    charge, plain = Counting(app, Charge), Counting(app, Plain)
+    add(database, *(Charge(n, 0) for n in range(2, 12)), *(Plain(n) for n in range(50)))
+    with app.worker(concurrency=2):
+        until(lambda: len(charge.ran) == 10 and len(plain.ran) == 50)
+    assert all(each.account != 1 for each in charge.ran)
+
+
+def test_neither_jobs_with_a_limit_nor_those_without_starve_in_a_single_slot(
+    database: Database,
+) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    ran: list[type[Any]] = []
+    for cls in (Three, Plain):
+        app.handler(cls)(lambda session, payload: ran.append(type(payload)))
+    add(database, *(Three(n) for n in range(40)), *(Plain(n) for n in range(40)))
+    assert Worker(app, drain=True, concurrency=1).run()
+    for cls in (Three, Plain):
+        assert ran[:40].count(cls) > 5
+
+
+def test_each_of_many_keys_has_its_turn(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More keys than looks and claims go through at once, and one of them with a backlog."""
+    monkeypatch.setattr(limiting, "LANES", 10)
+    monkeypatch.setattr(limiting, "KEYS", 3)
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    charge = Counting(app, Charge, lambda payload: payload.account)
+    add(database, *(Charge(1, n) for n in range(30)), *(Charge(n) for n in range(2, 40)))
+    assert Worker(app, drain=True, concurrency=4).run()
+    assert len(charge.ran) == 68 and charge.most == dict.fromkeys(range(1, 40), 1)
+    others = [number for number, each in enumerate(charge.ran) if each.account != 1]
+    assert max(others) < 60  # key 1 did not go first
+
+
+# ----------------------------------------------------------------------------------------- deploys
+
+
+def test_jobs_from_when_there_was_a_limit_are_not_left_behind(database: Database) -> None:
+    add(database, *(Charge(1, n) for n in range(5)), Step())
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+
+    @job("charge")
+    @dataclass(frozen=True)
+    class Unlimited:
+        n: int = 0
+
+    charge = Counting(app, Unlimited)
+    with app.worker(concurrency=5):
+        until(lambda: len(charge.ran) == 5)
+    assert count(database, Job.kind == "step", Job.state == "ready") == 1
+
+
+def test_a_number_that_was_changed_holds_for_the_jobs_that_are_there(database: Database) -> None:
+    add(database, *(Charge(1, n) for n in range(20)))
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+
+    @job("charge", limit=Limit(concurrency=2))
+    @dataclass(frozen=True)
+    class Two:
+        n: int = 0
+
+    charge = Counting(app, Two)
+    assert Worker(app, drain=True, concurrency=5).run()
+    assert charge.most[None] == 2
+
+
+def test_an_app_without_limits_pays_nothing(database: Database) -> None:
+    """Not a statement names the table of the keys; the one look at the start finds nothing."""
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    plain = Counting(app, Plain)
+    add(database, *(Plain(n) for n in range(50)))
+    looks: list[str] = []
+    find = type(dialects.named(database.name)).limited_lanes
+
+    def noted(*args: Any) -> Any:
+        looks.append("look")
+        return find(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(dialects.named(database.name)), "limited_lanes", noted)
+        assert Worker(app, drain=True).run()
+    assert len(plain.ran) == 50 and looks == ["look"]
+
+
+# ------------------------------------------------------------------------------------------- poison
+
+
+def test_a_job_with_a_limit_that_killed_its_workers_runs_alone(database: Database) -> None:
+    add(database, *(Three(n) for n in range(6)), *(Plain(n) for n in range(6)))
+    with database.sessions().begin() as session:
+        first = session.scalars(select(Job.id).where(Job.kind == "three").limit(1)).one()
+        session.execute(update(Job).where(Job.id == first).values(crashes=2))
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    running = 0
+    beside: dict[int, int] = {}
+    lock = threading.Lock()
+
+    def handle(session: Session, payload: Any) -> None:
+        nonlocal running
+        with lock:
+            running += 1
+        time.sleep(0.01)
+        if isinstance(payload, Three):
+            beside[payload.n] = running
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+
+    app.handler(Three)(handle)
+    app.handler(Plain)(handle)
+    assert Worker(app, drain=True, concurrency=4).run()
+    with database.sessions()() as session:
+        suspect = session.scalars(select(Job).where(Job.crashes == 2)).one()
+    assert suspect.state == "succeeded" and beside[suspect.payload["n"]] == 1
