@@ -7,12 +7,13 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, and_, literal_column, select
+from sqlalchemy import Select, and_, delete, exists, literal_column, or_, select
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs.columns import server_now
+from sqlalchemy_jobs.limits import LONGEST_WINDOW
 from sqlalchemy_jobs.states import JobState
-from sqlalchemy_jobs.tables import HAS_NO_SLOT, TO_JOB, jobs
+from sqlalchemy_jobs.tables import HAS_NO_SLOT, TO_JOB, is_limited, jobs, limits
 from sqlalchemy_jobs.transitions import delete_locked
 
 BATCH = 500
@@ -20,6 +21,9 @@ BATCH = 500
 
 Keep = Callable[[JobState, str], timedelta | None]
 """For how long jobs of a final state and a kind are kept; None: for ever, or by somebody else."""
+
+KEPT_KEYS = LONGEST_WINDOW + timedelta(hours=1)
+"""How long the row of a key is kept at least after its last start by a rate."""
 
 FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 """In the order in which the index names them."""
@@ -39,6 +43,24 @@ def expired(session: Session, keep: Keep) -> list[tuple[JobState, str, datetime]
         for kind in session.scalars(_KINDS[state], bind_arguments=TO_JOB)
         if (kept := keep(state, kind)) is not None
     ]
+
+
+def forget_keys(session: Session, after: str) -> str | None:
+    """Delete the rows of keys of limits that have no job any more; return where to go on, None at the end.
+
+    A row is kept for as long as a rate may look back, and while somebody claims by it: it is deleted only under its
+    own lock. Its own short transaction.
+    """
+    key = limits.c.limit_key
+    page = select(key).where(key > after, _IS_FORGOTTEN).order_by(key).limit(BATCH)
+    found = session.scalars(page, bind_arguments=TO_JOB).all()
+    locked = session.scalars(
+        select(key).where(key.in_(found)).order_by(key).with_for_update(skip_locked=True),
+        bind_arguments=TO_JOB,
+    ).all()
+    # By a second statement: what was enqueued and claimed before the lock is seen.
+    session.execute(delete(limits).where(key.in_(locked), _IS_FORGOTTEN), bind_arguments=TO_JOB)
+    return found[-1] if len(found) == BATCH else None
 
 
 class Pruning:
@@ -118,6 +140,14 @@ def _kinds(state: JobState) -> Any:
     found = found.union_all(select(after).where(found.c.kind.is_not(None)))
     return select(found.c.kind).where(found.c.kind.is_not(None))
 
+
+_IS_FORGOTTEN = and_(
+    limits.c.used_at < server_now(-KEPT_KEYS),
+    ~exists().where(
+        jobs.c.limit_key == limits.c.limit_key,
+        or_(is_limited(jobs, JobState.READY), is_limited(jobs, JobState.RUNNING)),
+    ),
+)
 
 # Made once: making a statement costs more than executing it.
 _KINDS = {state: _kinds(state) for state in FINAL}

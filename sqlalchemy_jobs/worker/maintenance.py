@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
+from functools import partial
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
@@ -42,7 +43,7 @@ SWEEP = 10.0
 LONE_SWEEP = 60.0
 """The same while there is no other worker, and the last one has found nothing."""
 FORGET = 3600.0
-"""Seconds between two looks for the rows of workers that have been dead for long."""
+"""Seconds between two looks for the rows of workers that have been dead for long, and of keys that have no jobs."""
 REPORT = 60.0
 """Seconds between two looks for jobs that nobody serves."""
 PRUNE = 60.0
@@ -97,6 +98,7 @@ class Maintenance:
             self._next_sweep = now + (SWEEP if found or self._lease.has_company else LONE_SWEEP)
         if now >= self._next_forget:
             self._control.transaction(forget_dead)
+            self._forget_keys()
             self._next_forget = now + FORGET
         if now >= self._next_report and self._lease.worker_id is not None:
             self._report()
@@ -215,6 +217,11 @@ class Maintenance:
                 self._tell_of_refusal(kind, error)
                 pruning.refused()
         return True
+
+    def _forget_keys(self) -> None:
+        after: str | None = ""
+        while after is not None:
+            after = self._control.transaction(partial(retention.forget_keys, after=after))
 
     def _tell_of_refusal(self, kind: str, error: Exception) -> None:
         if kind not in self._refused:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from sqlalchemy_jobs import (
     dialects,
     enqueue_many,
     job,
+    retention,
     transitions,
 )
 from sqlalchemy_jobs.claims import Claim, LimitedKey, Wanted
@@ -238,13 +239,13 @@ def test_without_the_lock_of_its_row_a_key_would_be_exceeded(
 
 
 @contextmanager
-def _open_claim(bench: LimitBench, database: Database, numbers: Numbers) -> Iterator[None]:
+def _open_claim(bench: LimitBench, database: Database, numbers: Numbers) -> Iterator[Session]:
     """A claim whose transaction has not ended."""
     worker = bench.worker()
     with database.sessions()() as session:
         session.connection(execution_options={"isolation_level": "READ COMMITTED"})
         assert bench.claim_in(session, worker, ["three"], numbers)
-        yield
+        yield session
         session.commit()
 
 
@@ -573,3 +574,39 @@ def test_a_job_with_a_limit_that_killed_its_workers_runs_alone(database: Databas
     with database.sessions()() as session:
         suspect = session.scalars(select(Job).where(Job.crashes == 2)).one()
     assert suspect.state == "succeeded" and beside[suspect.payload["n"]] == 1
+
+
+# --------------------------------------------------------------------------------- rows of the keys
+
+
+def test_the_rows_of_keys_without_jobs_are_forgotten_after_a_day(bench: LimitBench) -> None:
+    """But not while a worker claims by one, or a job waits or runs."""
+    bench.add_limited(*(Charge(account) for account in range(1, 5)))
+    worker = bench.worker()
+    for account in (1, 2, 3):
+        (claim,) = bench.claim_of(worker, f"charge/{account}", numbers=ONE)
+        if account < 3:
+            bench.do(lambda s, c=claim: transitions.complete(s, c))  # type: ignore[misc]
+    long_ago = datetime.now(UTC) - retention.KEPT_KEYS - timedelta(seconds=1)
+    keys = select(LimitRow.limit_key).order_by(LimitRow.limit_key)
+    bench.do(lambda s: retention.forget_keys(s, ""))
+    assert len(bench.do(lambda s: s.scalars(keys).all())) == 4
+    bench.do(
+        lambda s: s.execute(
+            update(LimitRow).where(LimitRow.limit_key != "charge/2").values(used_at=long_ago)
+        )
+    )
+    assert bench.do(lambda s: retention.forget_keys(s, "")) is None
+    assert bench.do(lambda s: s.scalars(keys).all()) == ["charge/2", "charge/3", "charge/4"]
+
+
+def test_a_key_that_is_being_claimed_is_not_forgotten(row_locks: Database) -> None:
+    bench = LimitBench(row_locks)
+    bench.add_limited(Three())
+    long_ago = datetime.now(UTC) - timedelta(days=2)
+    bench.do(lambda s: s.execute(update(LimitRow).values(used_at=long_ago)))
+    with _open_claim(bench, row_locks, THREE) as session:
+        session.execute(update(Job).values(state="succeeded"))
+        bench.do(lambda s: retention.forget_keys(s, ""))
+    assert len(bench.do(lambda s: s.scalars(select(LimitRow)).all())) == 1
+    bench.control.close()
