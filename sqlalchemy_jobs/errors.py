@@ -3,7 +3,9 @@
     JobsError
     ├── DeclarationError            a class, handler or app was declared wrongly (at import)
     │   ├── DuplicateKind           two classes claim one kind in one app
-    │   └── DuplicateHandler        two handlers for one kind
+    │   ├── DuplicateHandler        two handlers for one kind
+    │   ├── DuplicateSchedule       two schedules of one name
+    │   └── ScheduleError           a cron line, a zone or an option of a schedule makes no sense
     ├── EnqueueError                a job could not be made (in the caller's stack)
     │   └── PayloadError            the payload cannot be stored, or not read back as it was
     ├── DuplicateJob                another job has the unique key (at the flush, and in requeue)
@@ -54,6 +56,21 @@ class DuplicateHandler(DeclarationError):
     """A kind has two handlers in one app."""
 
 
+class DuplicateSchedule(DeclarationError):
+    """Two schedules of one app have the same name."""
+
+
+class ScheduleError(DeclarationError, ValueError):
+    """A schedule is declared wrongly: its cron line, its time zone or another option of it.
+
+    ``position`` is the index in the cron line at which the fault begins; None where it is in no single place.
+    """
+
+    def __init__(self, message: str, *, position: int | None = None) -> None:
+        super().__init__(message)
+        self.position = position
+
+
 class EnqueueError(JobsError, ValueError):
     """A job could not be made from what was given."""
 
@@ -82,7 +99,7 @@ class DuplicateJob(JobsError):
 
 
 class ControlError(JobsError, ValueError):
-    """What was said about a queue or a kind at run time makes no sense; nothing was changed."""
+    """What was said about a queue, a kind or a schedule at run time makes no sense; nothing was changed."""
 
 
 class ConfigurationError(JobsError):

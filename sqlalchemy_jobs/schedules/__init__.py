@@ -1,0 +1,1 @@
+"""Schedules: rules that make jobs, one at each of their ticks."""
