@@ -21,6 +21,8 @@ from sqlalchemy_jobs.outcomes import Cancel, Fail, Retry, Snooze
 from sqlalchemy_jobs.payloads import job
 from sqlalchemy_jobs.queues import pause_kind, pause_queue, resume_kind, resume_queue, set_queue
 from sqlalchemy_jobs.runs import Run, current_run, current_runs
+from sqlalchemy_jobs.schedules.manage import pause_schedule, resume_schedule
+from sqlalchemy_jobs.schedules.rows import Schedule
 from sqlalchemy_jobs.states import JobState, Outcome, WorkerState
 from sqlalchemy_jobs.tables import use_schema
 from sqlalchemy_jobs.unique import Unique
@@ -43,6 +45,7 @@ __all__ = [
     "Queue",
     "Retry",
     "Run",
+    "Schedule",
     "Snooze",
     "Unique",
     "Worker",
@@ -60,9 +63,11 @@ __all__ = [
     "migrations",
     "pause_kind",
     "pause_queue",
+    "pause_schedule",
     "requeue",
     "resume_kind",
     "resume_queue",
+    "resume_schedule",
     "set_queue",
     "sqlite",
     "use_schema",

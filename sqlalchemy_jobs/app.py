@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import cached_property
 from types import MappingProxyType
 from typing import (
@@ -24,18 +25,28 @@ from typing import (
 
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from sqlalchemy_jobs.errors import DeclarationError, DuplicateHandler, DuplicateKind
+from sqlalchemy_jobs.errors import (
+    DeclarationError,
+    DuplicateHandler,
+    DuplicateKind,
+    DuplicateSchedule,
+)
+from sqlalchemy_jobs.models import Job
 from sqlalchemy_jobs.outcomes import Cancel, Snooze
 from sqlalchemy_jobs.payloads import (
     Attrs,
     Dataclass,
     Declaration,
+    Payload,
     PayloadT,
     Struct,
     declaration_of,
     is_whole,
 )
 from sqlalchemy_jobs.runs import Run
+from sqlalchemy_jobs.schedules import ticks
+from sqlalchemy_jobs.schedules.declared import Declared, declare
+from sqlalchemy_jobs.schedules.rows import CatchUp, JobOptions, definition
 
 if TYPE_CHECKING:
     # Needs greenlet, which an application without async code does not have.
@@ -125,6 +136,7 @@ class Handlers(Generic[_S, _A]):
 
     def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
+        self._schedules: dict[str, Declared] = {}
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
@@ -182,6 +194,51 @@ class Handlers(Generic[_S, _A]):
             return function
 
         return register
+
+    @property
+    def schedules(self) -> Mapping[str, Declared]:
+        """The schedules that were declared, by name."""
+        return MappingProxyType(self._schedules)
+
+    def schedule(
+        self,
+        name: str,
+        cron: str,
+        payload: Payload | Callable[[datetime], Payload],
+        /,
+        *,
+        timezone: str = "UTC",
+        catch_up: CatchUp = "skip",
+        window: timedelta | None = None,
+        run_on_start: bool = False,
+        **options: Unpack[JobOptions],
+    ) -> None:
+        """Declare a schedule: at each tick of ``cron`` one worker enqueues a job.
+
+        ``cron`` has five fields (minute, hour, day, month, weekday) or a sixth, the second, at the end; or it is
+        ``@hourly`` and the like, or ``@every 1h30m``. It is about the clock of ``timezone``. ``payload`` is what each
+        job carries, or a function of the tick (an aware datetime in UTC) that returns it and says so by its
+        annotation; it is called by the worker. The options are those of ``enqueue``. The handler finds the tick in
+        ``current_run().scheduled_at``.
+
+        ``catch_up`` says what becomes of ticks that no worker was there for: "skip" lets them pass by, "once"
+        makes a job for the latest of them, "all" one for each, where they are no older than ``window`` (by default a
+        day). A tick that is late by no more than the time to the next one, 5 s at least and 60 s at most, is
+        none of them. ``run_on_start``: there is a tick, too, when the first worker starts.
+
+        A starting worker writes the schedules of its app into the database and deletes those that its app declares no
+        more. For schedules that come and go at run time add ``Schedule`` rows.
+
+        Raises: ScheduleError, DuplicateSchedule, PayloadError, DeclarationError.
+        """
+        rule = definition(name, cron, timezone, catch_up, window, run_on_start, options)
+        self._add_schedule(declare(rule, payload))
+
+    def _add_schedule(self, declared: Declared) -> None:
+        if self._schedules.setdefault(declared.name, declared) is not declared:
+            raise DuplicateSchedule(
+                f'there are two schedules "{declared.name}": choose another name for one of them'
+            )
 
     def _add(self, kind: str, handler: Handler) -> None:
         other = self._handlers.setdefault(kind, handler)
@@ -270,12 +327,33 @@ class JobApp(Handlers[_S, _A]):
             raise DeclarationError("JobApp needs a sessionmaker, an async_sessionmaker, or both")
 
     def include(self, other: Handlers[Any, Any], /) -> None:
-        """Take over the handlers that ``other`` has now.
+        """Take over the handlers and the schedules that ``other`` has now.
 
-        Raises: DuplicateHandler, DuplicateKind.
+        Raises: DuplicateHandler, DuplicateKind, DuplicateSchedule.
         """
         for kind, handler in other.handlers.items():
             self._add(kind, handler)
+        for declared in other.schedules.values():
+            self._add_schedule(declared)
+
+    @property
+    def known_schedules(self) -> ticks.Known:
+        """What this app can make the jobs of. For the worker."""
+        kinds = {kind: (each.payload, each.declaration) for kind, each in self._handlers.items()}
+        return ticks.Known(kinds, dict(self._schedules))
+
+    def run_schedule(self, session: Session | scoped_session[Any], name: str, /) -> Job:
+        """Add a job of a schedule to ``session``, due at once, and return it.
+
+        Use it to try a schedule out, or for a tick that had no job. The schedule's ticks are left as they are, and
+        it may be paused; ``scheduled_at`` is the server's time. With an AsyncSession: ``await
+        session.run_sync(jobs.run_schedule, name)``.
+
+        Raises: ControlError when there is no such schedule, or its kind has no handler here.
+        """
+        plain: Session = session() if isinstance(session, scoped_session) else session
+        plain.flush()
+        return ticks.run(plain, name, self.known_schedules)
 
     def middleware(self, function: Middleware, /) -> Middleware:
         """Register a context manager to be entered around each handler's call, sync or async.

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, event, func, select
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, object_session
 
 from sqlalchemy_jobs import dialects
-from sqlalchemy_jobs.inserts import SILENT
+from sqlalchemy_jobs.inserts import SCHEDULES, SILENT
 from sqlalchemy_jobs.models import Job
 
 
@@ -24,8 +24,11 @@ class Sleeper(Protocol):
 
 sleepers: WeakSet[Sleeper] = WeakSet()
 """What a commit in this process wakes: the claims of the workers that it runs."""
+schedulers: WeakSet[Sleeper] = WeakSet()
+"""What a commit wakes that has changed a schedule."""
 
 _ADDED = "sqlalchemy_jobs.added"
+_RESCHEDULED = "sqlalchemy_jobs.rescheduled"
 
 
 def ring(session: Session, queues: Collection[str] = ()) -> None:
@@ -35,6 +38,13 @@ def ring(session: Session, queues: Collection[str] = ()) -> None:
     """
     tell_own(session)
     dialects.of(session).ring(session, queues)
+
+
+def ring_schedules(session: Session) -> None:
+    """Have workers look at the schedules when the transaction is committed; one statement, on PostgreSQL only."""
+    if schedulers:
+        session.info[_RESCHEDULED] = True
+    dialects.of(session).ring(session, [SCHEDULES])
 
 
 def tell_own(session: Session) -> None:
@@ -54,9 +64,12 @@ def _note(mapper: Mapper[Job], connection: Connection, job: Job) -> None:
 
 @event.listens_for(Session, "after_commit")
 def _wake(session: Session) -> None:
-    if sleepers and not session.in_nested_transaction() and session.info.pop(_ADDED, False):
-        for sleeper in list(sleepers):
-            sleeper.wake()
+    if not (sleepers or schedulers) or session.in_nested_transaction():
+        return
+    for change, woken in ((_ADDED, sleepers), (_RESCHEDULED, schedulers)):
+        if session.info.pop(change, False):
+            for sleeper in list(woken):
+                sleeper.wake()
 
 
 @event.listens_for(Session, "after_begin")

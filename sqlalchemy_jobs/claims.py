@@ -130,6 +130,7 @@ class Claim(Struct, frozen=True, gc=False):
     max_attempts: int = 0
     headers: Mapping[str, str] | None = None
     crashes: int = 0
+    scheduled_at: datetime | None = None
     priority: int = 0
     run_at: datetime | int | None = None
     """As the dialect reads it; a number is of microseconds."""

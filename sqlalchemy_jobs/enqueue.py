@@ -121,7 +121,7 @@ def enqueue_many(
         return []
     connection = plain.connection(bind_arguments=TO_JOB)
     if run_at is None:
-        offset = _clock_offset(connection)
+        offset = clock_offset(connection)
         due = common["run_at"] + offset
         for row in rows:
             row["run_at"] = due
@@ -186,8 +186,8 @@ def _common(
         "attempt": 0,
         "failures": 0,
         "crashes": 0,
-        "tags": _checked_tags(tags),
-        "headers": _checked_headers(headers),
+        "tags": checked_tags(tags),
+        "headers": checked_headers(headers),
         "created_at": now,
     }
 
@@ -214,7 +214,7 @@ def _uniqueness(
     if unique_key is None:
         subject = digest(type(payload), stored, unique.fields)
     else:
-        subject = _checked_unique_key(unique_key)
+        subject = checked_unique_key(unique_key)
     key = unique.key(declared.kind, subject, now)
     if len(key) > UNIQUE_KEY_LENGTH:
         raise EnqueueError(
@@ -229,7 +229,8 @@ def _on_conflict(payload: Payload) -> OnConflict:
     return (declaration_of(type(payload)).unique or BY_KEY).on_conflict
 
 
-def _checked_unique_key(key: str) -> str:
+def checked_unique_key(key: str) -> str:
+    """Return it. Raises: EnqueueError."""
     # Where it ends in a space, MySQL would take it for the same without.
     if not isinstance(key, str) or not key or not key.isprintable() or key != key.strip():
         raise EnqueueError(
@@ -266,7 +267,8 @@ def checked_run_at(run_at: datetime) -> datetime:
         raise EnqueueError(f"run_at={run_at!r} is beyond the calendar in UTC") from None
 
 
-def _checked_tags(tags: Sequence[str]) -> list[str] | None:
+def checked_tags(tags: Sequence[str]) -> list[str] | None:
+    """Return them as the row has them. Raises: EnqueueError."""
     if isinstance(tags, str):
         raise EnqueueError(f"tags={tags!r} is one string: write tags=[{tags!r}]")
     if len(tags) > MOST_TAGS:
@@ -277,7 +279,8 @@ def _checked_tags(tags: Sequence[str]) -> list[str] | None:
     return list(tags) or None
 
 
-def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str] | None:
+def checked_headers(headers: Mapping[str, str] | None) -> dict[str, str] | None:
+    """Return them as the row has them. Raises: EnqueueError."""
     if headers is not None and not isinstance(headers, Mapping):
         raise EnqueueError(f"headers={headers!r}: wanted a mapping of strings to strings")
     for name, value in (headers or {}).items():
@@ -345,10 +348,10 @@ def _correct_clock(mapper: Mapper[Job], connection: Connection, target: Job) -> 
     fresh: _Fresh | None = target.__dict__.get("_fresh")
     if fresh is not None and fresh.run_at is not None and fresh.run_at is target.run_at:
         fresh.run_at = None
-        target.run_at += _clock_offset(connection)
+        target.run_at += clock_offset(connection)
 
 
-def _clock_offset(connection: Connection) -> timedelta:
+def clock_offset(connection: Connection) -> timedelta:
     """Return how far the server's clock is ahead of ours; one SELECT per pool and ten minutes."""
     if connection.dialect.name == "sqlite":
         return -timedelta(milliseconds=1)  # the same clock, in whole milliseconds

@@ -67,6 +67,8 @@ def _keep_first(element: _AfterValues, compiler: SQLCompiler, **kw: Any) -> str:
 
 CHANNEL = "sajobs_"
 """A channel of PostgreSQL's NOTIFY is this and the oid of the table of jobs: there is one for each schema."""
+SCHEDULES = "@schedules"
+"""What is notified when a schedule has changed, in the place of a queue: no queue is named like this."""
 RUNG_AHEAD = 75
 """How many seconds before a job is due the bell is rung for it. Every worker looks once a minute at least, and
 then sleeps until the next job that it sees."""

@@ -52,11 +52,10 @@ def _where(condition: str) -> dict[str, Any]:
     return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
 
 
-_INNODB = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
+INNODB = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
 """Other engines have no transactions, and the server's default may be one of them."""
 
 UNIQUE_KEY_LENGTH = 200
-SCHEDULE_LENGTH = 200
 
 DUPLICATE_OF = "_duplicate_of"
 """Where a job that was kept out has the other's id: in its ``__dict__``, for it is no column."""
@@ -108,7 +107,7 @@ class Job(Base):
             **_where("state IN ('succeeded', 'failed', 'cancelled')"),
         ),
         Index("sajobs_job_unique_slot", "unique_slot", unique=True),
-        _INNODB,
+        INNODB,
     )
 
     id: Mapped[uuid.UUID] = mapped_column(columns.uuid_key(), primary_key=True, default=uuid7)
@@ -152,7 +151,7 @@ class Job(Base):
     created_at: Mapped[datetime] = mapped_column(columns.utc_datetime(), default=utcnow)
     """When ``enqueue`` made it (the client's clock)."""
     scheduled_at: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
-    """The tick of the schedule that made it; NULL for a job made by hand. Reserved: not written yet."""
+    """The tick of the schedule that made it; NULL for a job made by ``enqueue``."""
     started_at: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
     """When the latest run began (the server's clock). NULL while it is not known: a quick job may be claimed some
     tenths of a second ahead; then it is when the run ended."""
@@ -186,7 +185,7 @@ class Attempt(Base):
     """A run that did not succeed. Committed with the transition that ended the run."""
 
     __tablename__ = "sajobs_attempt"
-    __table_args__ = _INNODB
+    __table_args__ = INNODB
 
     # The three name one run for ever. No further index: MySQL would need it for the foreign key, and then
     # refuse to drop it where Alembic's downgrade drops indexes before tables.
@@ -219,7 +218,7 @@ class WorkerRow(Base):
     """A worker process, for as long as it lives; its id is new at each start."""
 
     __tablename__ = "sajobs_worker"
-    __table_args__ = _INNODB
+    __table_args__ = INNODB
 
     id: Mapped[uuid.UUID] = mapped_column(columns.uuid_key(), primary_key=True, default=uuid7)
     name: Mapped[str] = mapped_column(columns.name(200))
@@ -251,7 +250,7 @@ class Queue(Base):
     """What holds for a queue at run time, in every worker. A queue without a row has the defaults."""
 
     __tablename__ = "sajobs_queue"
-    __table_args__ = _INNODB
+    __table_args__ = INNODB
 
     name: Mapped[str] = mapped_column(columns.name(QUEUE_LENGTH), primary_key=True)
     paused: Mapped[bool] = mapped_column(default=False)
@@ -277,7 +276,7 @@ class Kind(Base):
     """What holds for a kind of jobs at run time, in every worker. A kind without a row has the defaults."""
 
     __tablename__ = "sajobs_kind"
-    __table_args__ = _INNODB
+    __table_args__ = INNODB
 
     name: Mapped[str] = mapped_column(columns.name(KIND_LENGTH), primary_key=True)
     paused: Mapped[bool] = mapped_column(default=False)
@@ -295,7 +294,7 @@ class LimitRow(Base):
     """A key that jobs are limited by: locked by who claims them, and the memory of its rate."""
 
     __tablename__ = "sajobs_limit"
-    __table_args__ = _INNODB
+    __table_args__ = INNODB
 
     limit_key: Mapped[str] = mapped_column(columns.name(LIMIT_KEY_LENGTH), primary_key=True)
     """``Job.limit_key`` of the jobs that share it."""
@@ -308,45 +307,3 @@ class LimitRow(Base):
 
     def __repr__(self) -> str:
         return f"<LimitRow {self.limit_key}>"
-
-
-class Schedule(Base):
-    """A rule that makes jobs: at each of its ticks one, by whichever worker is first."""
-
-    __tablename__ = "sajobs_schedule"
-    __table_args__ = (Index("sajobs_schedule_next", "next_tick"), _INNODB)
-
-    name: Mapped[str] = mapped_column(columns.name(SCHEDULE_LENGTH), primary_key=True)
-    cron: Mapped[str] = mapped_column(columns.name(200))
-    """When: five or six fields, ``@hourly`` and the like, or ``@every 90s``."""
-    timezone: Mapped[str] = mapped_column(columns.name(64), default="UTC")
-    """The zone whose clock ``cron`` is about."""
-    kind: Mapped[str] = mapped_column(columns.name(KIND_LENGTH))
-    """The kind of its jobs."""
-    payload: Mapped[Any | None] = mapped_column(columns.json(), default=None)
-    """What its jobs carry; NULL: the code that declares it makes one for each tick."""
-    options: Mapped[Any | None] = mapped_column(columns.json(), default=None)
-    """What else ``enqueue`` is given for its jobs."""
-    catch_up: Mapped[str] = mapped_column(columns.name(12), default="skip")
-    """What becomes of ticks that no worker was there for: ``skip``, ``once`` or ``all``."""
-    window: Mapped[float | None] = mapped_column("catch_up_window", default=None)
-    """How many seconds late a tick may be caught up; NULL: the default."""
-    run_on_start: Mapped[bool] = mapped_column(default=False)
-    """Whether there is a tick when the first worker starts."""
-    in_code: Mapped[bool] = mapped_column(default=False)
-    """Whether ``JobApp.schedule`` declares it: then only workers that do so make its jobs."""
-    paused: Mapped[bool] = mapped_column(default=False)
-    """Whether its ticks pass by without a job."""
-    error: Mapped[str | None] = mapped_column(columns.text(), default=None)
-    """Why it was paused by a worker: what is wrong with it."""
-    next_tick: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
-    """The tick that comes next; who moves it on has made its job. NULL: to be worked out."""
-    last_tick: Mapped[datetime | None] = mapped_column(columns.utc_datetime(), default=None)
-    """The latest tick that a job was made for."""
-    created_at: Mapped[datetime] = mapped_column(columns.utc_datetime(), default=utcnow)
-    """When it was added (the client's clock)."""
-    updated_at: Mapped[datetime] = mapped_column(columns.utc_datetime(), default=utcnow)
-    """The last change of the rule (the client's clock)."""
-
-    def __repr__(self) -> str:
-        return f"<Schedule {self.name} {self.cron!r}>"

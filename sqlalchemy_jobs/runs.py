@@ -11,6 +11,9 @@ from types import MappingProxyType
 from sqlalchemy_jobs.claims import Claim
 from sqlalchemy_jobs.errors import NoCurrentRun
 
+SCHEDULE_HEADER = "sajobs.schedule"
+"""The header by which a job tells the name of the schedule that made it."""
+
 _current: ContextVar[Run] = ContextVar("sqlalchemy_jobs.run")
 
 
@@ -59,6 +62,16 @@ class Run:
     def headers(self) -> Mapping[str, str]:
         """What ``enqueue(..., headers=...)`` sent along."""
         return MappingProxyType(dict(self.claim.headers or {}))
+
+    @property
+    def scheduled_at(self) -> datetime | None:
+        """The tick of the schedule that made the job, in UTC; None for a job made by ``enqueue``."""
+        return self.claim.scheduled_at
+
+    @property
+    def schedule(self) -> str | None:
+        """The name of that schedule."""
+        return self.headers.get(SCHEDULE_HEADER)
 
     @property
     def deadline(self) -> datetime | None:

@@ -79,6 +79,7 @@ CLAIMED = (
     jobs.c.max_attempts,
     jobs.c.headers,
     jobs.c.crashes,
+    jobs.c.scheduled_at,
     jobs.c.priority,
     jobs.c.run_at,
 )

@@ -207,8 +207,8 @@ WHERE id = ANY (ARRAY(
   LIMIT :total))
 RETURNING {claimed}, limit_key
 """
-_CLAIMED = """id, attempt, kind, queue, CAST(payload AS text) AS payload, failures, max_attempts, headers, crashes, priority,
-  CAST(extract(epoch FROM run_at) * 1000000 AS bigint) AS run_at"""
+_CLAIMED = """id, attempt, kind, queue, CAST(payload AS text) AS payload, failures, max_attempts, headers, crashes, scheduled_at,
+  priority, CAST(extract(epoch FROM run_at) * 1000000 AS bigint) AS run_at"""
 _LEASE_LOST = "sajobs: another run owns the job"
 # One simple query of two statements: one round trip, and no COMMIT is sent for an error. The fence has to raise:
 # no rows would be no error. Both ids are UUID objects, so nothing is to be escaped.

@@ -83,7 +83,7 @@ def upgrade(op: Steps) -> None:
         sa.Column("updated_at", _TIME, nullable=False),
         sa.PrimaryKeyConstraint("name", name="sajobs_schedule_pkey"),
     )
-    op.create_index("sajobs_schedule_next", "sajobs_schedule", ["next_tick"])
+    op.create_index("sajobs_schedule_next", "sajobs_schedule", ["paused", "next_tick"])
 
 
 def downgrade(op: Steps) -> None:

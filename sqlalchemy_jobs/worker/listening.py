@@ -11,6 +11,7 @@ from contextlib import suppress
 from sqlalchemy import Connection, select
 
 from sqlalchemy_jobs.dialects.base import Ear, SessionLocks
+from sqlalchemy_jobs.inserts import SCHEDULES
 from sqlalchemy_jobs.worker.availability import brief, is_lost
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.loops import SHORTEST_PAUSE
@@ -36,6 +37,7 @@ class Listener:
         serves: Callable[[str], bool],
         wakeup: Wakeup,
         rung: Callable[[str], None],
+        rescheduled: Callable[[], None],
     ) -> None:
         self._control = control
         self._make_ear = ear
@@ -43,6 +45,7 @@ class Listener:
         self._serves = serves
         self._wakeup = wakeup
         self._rung = rung
+        self._rescheduled = rescheduled
         self._ear: Ear | None = None
         self._stopped = False
         self._nudged, self._nudges = socket.socketpair()
@@ -106,5 +109,7 @@ class Listener:
             self._nudges.send(b"x")
 
     def _on_ring(self, queue: str) -> None:
-        if not queue or self._serves(queue):
+        if queue == SCHEDULES:
+            self._rescheduled()
+        elif not queue or self._serves(queue):
             self._rung(queue)

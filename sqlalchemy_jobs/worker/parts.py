@@ -32,6 +32,7 @@ from sqlalchemy_jobs.worker.loops import (
     stop_together,
 )
 from sqlalchemy_jobs.worker.maintenance import Maintenance
+from sqlalchemy_jobs.worker.scheduling import Scheduler
 from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.settling import Settler
 from sqlalchemy_jobs.worker.slots import Slots
@@ -124,6 +125,7 @@ class Parts:
                     settings.pools.serves,
                     self._wakeup,
                     self._on_rung,
+                    lambda: self._scheduling.wake(),
                 )
         self._lease = Lease(
             self._lease_control,
@@ -156,12 +158,14 @@ class Parts:
             controls,
             self._limiting,
         )
+        self._scheduler = Scheduler(self._control, self._lease, app.known_schedules, self._wakeup)
         self._lookout = Lookout(self._control, self.slots, self._call_off)
         self._claiming = Loop("claim", self._claimer.step)
         self._settling = Loop("settle", self._settler.step)
         self._leasing = Loop("lease", self._lease.step)
         self._watching = Loop("lease-watch", self._lease.watch)
         self._maintaining = Loop("maintenance", self._maintenance.step)
+        self._scheduling = Loop("schedules", self._scheduler.step)
         self._looking_out = Loop("lookout", self._lookout.step)
         self._timing = Loop("timeouts", self._timeouts.step)
         self.one_writer = self._control.dialect.one_writer
@@ -173,6 +177,7 @@ class Parts:
 
     def check(self) -> None:
         self._control.transaction(preflight.check_database)
+        self._control.transaction(lambda session: preflight.check_schedules(session, self._app))
         with self._app.context():
             if self._threads is not None:
                 self._threads.check(preflight.check_handlers_connection)
@@ -189,10 +194,12 @@ class Parts:
                 self._settling,
                 self._maintaining,
                 self._claiming,
+                self._scheduling,
                 self._looking_out,
             ):
                 loop.start()
             bell.sleepers.add(self._claiming)
+            bell.schedulers.add(self._scheduling)
             if self._listening is not None:
                 self._listening.start()
             if not self._control.dialect.one_writer:
@@ -215,7 +222,8 @@ class Parts:
             log.info("stopping: %d runs in flight", len(self.slots.running()))
         self._give_back(self.slots.withdraw())
         bell.sleepers.discard(self._claiming)
-        stop_together(self._claiming, self._maintaining)
+        bell.schedulers.discard(self._scheduling)
+        stop_together(self._claiming, self._maintaining, self._scheduling)
 
     def release_runs(self) -> None:
         """Give back what is still running, without counting a failure."""

@@ -17,6 +17,7 @@ from sqlalchemy_jobs.errors import (
     MissingSessions,
 )
 from sqlalchemy_jobs.models import Job
+from sqlalchemy_jobs.schedules import ticks
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -42,6 +43,11 @@ def check_app(app: JobApp[Any, Any]) -> None:
             raise MissingSessions(
                 f"{handler.name} is a plain def, and the app has only async sessions: "
                 "JobApp(sessionmaker(engine), async_sessions), or make it an async def"
+            )
+    for schedule in app.schedules.values():
+        if schedule.kind not in app.handlers:
+            raise ConfigurationError(
+                f'schedule "{schedule.name}" makes jobs of kind "{schedule.kind}", and the app has no handler for them'
             )
 
 
@@ -158,6 +164,18 @@ def check_database(session: Session) -> None:
     connection = session.connection()
     dialects.of(connection).check_server(connection)
     migrations.check(connection)
+
+
+def check_schedules(session: Session, app: JobApp[Any, Any]) -> None:
+    """Refuse an app with a schedule of a name that a row of the application has.
+
+    Raises: ConfigurationError.
+    """
+    if app.schedules and (names := ticks.taken(session, app.schedules)):
+        raise ConfigurationError(
+            f"schedules of the application are in the database under names that the app declares: {', '.join(names)}; "
+            "delete those rows, or declare the schedules under other names"
+        )
 
 
 def check_handlers_connection(connection: Connection) -> None:

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event, select
@@ -80,12 +81,13 @@ def engine_for(url: str) -> Engine:
     return engine
 
 
-def make_and_die(url: str, name: str, claim: Claim, moment: str) -> None:
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work_and_die(url: str, moment: str, work: Callable[[Session], object]) -> None:
     """Die before COMMIT is sent, at some moment while it is under way, or after it has returned."""
     engine = engine_for(url)
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
     @event.listens_for(engine, "commit")
     def commit(connection: Any) -> None:
@@ -95,10 +97,19 @@ def make_and_die(url: str, name: str, claim: Claim, moment: str) -> None:
             threading.Timer(random.uniform(0, 0.003), die).start()
 
     with Session(engine) as session, session.begin():
-        TRANSITIONS[name](session, claim)
+        work(session)
     if moment == "in":
         time.sleep(60)
     die()
+
+
+def in_child(work: Callable[[], object]) -> None:
+    """Do something in a forked process; when that is gone print a line with its exit status."""
+    child = os.fork()
+    if child == 0:
+        work()
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201
 
 
 def main() -> None:
@@ -106,11 +117,8 @@ def main() -> None:
     for line in sys.stdin:
         job_id, attempt, worker_id, name, moment = line.split()
         claim = Claim(uuid.UUID(job_id), int(attempt), uuid.UUID(worker_id))
-        child = os.fork()
-        if child == 0:
-            make_and_die(url, name, claim, moment)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201
+        make = partial(TRANSITIONS[name], claim=claim)
+        in_child(partial(work_and_die, url, moment, make))
 
 
 if __name__ == "__main__":
