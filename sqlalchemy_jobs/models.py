@@ -15,7 +15,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ForeignKey, Index, MetaData, SmallInteger, text
+from sqlalchemy import Double, ForeignKey, Index, MetaData, SmallInteger, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from sqlalchemy_jobs import columns
@@ -261,7 +261,7 @@ class Queue(Base):
     """How many of its jobs may begin in a time, such as ``100/minute``; NULL: as many as there are."""
     strategy: Mapped[str] = mapped_column(columns.name(12), default="priority")
     """``priority``: the better one first, and among equals by time. ``fifo``: by time alone."""
-    ageing: Mapped[float | None] = mapped_column(default=None)
+    ageing: Mapped[float | None] = mapped_column(Double, default=None)
     """The seconds of waiting that make up for one step of priority; NULL: none do."""
     updated_at: Mapped[datetime] = mapped_column(
         columns.utc_datetime(), default=utcnow, onupdate=utcnow

@@ -54,12 +54,14 @@ class Environment:
         )
 
     def generate(self) -> str:
+        """Have Alembic write the next revision; return it."""
+        before = set(self.scripts())
         command.revision(self._config, "jobs", autogenerate=True)
-        return self.script()
-
-    def script(self) -> str:
-        (script,) = (self.folder / "versions").glob("*.py")
+        (script,) = set(self.scripts()) - before
         return script.read_text()
+
+    def scripts(self) -> list[Path]:
+        return list((self.folder / "versions").glob("*.py"))
 
     def upgrade(self) -> None:
         command.upgrade(self._config, "head")

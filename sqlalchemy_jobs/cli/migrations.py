@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from sqlalchemy_jobs import migrations
 from sqlalchemy_jobs.cli.config import CONTEXT, Configured, Refused
 from sqlalchemy_jobs.cli.databases import engine_of, is_of_database, of_database, run
 from sqlalchemy_jobs.errors import ConfigurationError
-from sqlalchemy_jobs.migrations.versions import VERSIONS
+from sqlalchemy_jobs.migrations.versions import VERSIONS, layout, tables_in
 from sqlalchemy_jobs.tables import schema_of
 
 if TYPE_CHECKING:
@@ -133,37 +134,79 @@ def _is_migrated_by_alembic(connection: Connection, schema: str | None) -> bool:
 @click.option(
     "--schema", metavar="NAME", help="The schema of the tables, where the models do not say so."
 )
-def migration(ini: Path | None, directory: Path | None, schema: str | None) -> None:
-    """Write a revision for your Alembic environment that makes the tables.
+@click.option(
+    "--from",
+    "start",
+    type=click.IntRange(0, migrations.LATEST),
+    metavar="N",
+    help="The version that the environment has made so far; 0: none. Default: what its revisions say.",
+)
+def migration(
+    ini: Path | None, directory: Path | None, schema: str | None, start: int | None
+) -> None:
+    """Write a revision for your Alembic environment that brings the tables to the newest version.
 
     It becomes the head of the environment. Where there is none, the revision is printed.
     """
-    in_schema = "" if schema is None else f", schema={schema!r}"
-    version = VERSIONS[-1]
-    message = f"sajobs version {migrations.LATEST}"
-    imports = "from sqlalchemy_jobs import migrations"
-    upgrades = (
-        f"# Makes {version.ABOUT}. Run it {version.WHEN} the deploy.\n"
-        f"    migrations.upgrade(op, to={migrations.LATEST}{in_schema})"
-    )
-    downgrades = f"migrations.downgrade(op, to={migrations.LATEST - 1}{in_schema})"
     try:
         scripts = _scripts(ini, directory)
-        if scripts is None:
-            revision = REVISION.format(
-                id=rev_id(),
-                message=message,
-                imports=imports,
-                upgrades=upgrades,
-                downgrades=downgrades,
-            )
-            click.echo(revision, nl=False)
+        if start is None:
+            start = 0 if scripts is None else version_of(scripts)
+        if start == migrations.LATEST:
+            click.echo(f"the environment makes version {start}, which is the newest: nothing to do")
             return
-        scripts.generate_revision(
-            rev_id(), message, imports=imports, upgrades=upgrades, downgrades=downgrades
-        )
+        parts = _revision(start, "" if schema is None else f", schema={schema!r}")
+        if scripts is None:
+            click.echo(REVISION.format(id=rev_id(), **parts), nl=False)
+        else:
+            scripts.generate_revision(
+                rev_id(),
+                parts["message"],
+                imports=parts["imports"],
+                upgrades=parts["upgrades"],
+                downgrades=parts["downgrades"],
+            )
     except (CommandError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _revision(start: int, in_schema: str) -> dict[str, str]:
+    """Return what stands in a revision from a version to the newest."""
+    to, versions = migrations.LATEST, VERSIONS[start:]
+    about = ";\n    # ".join(each.ABOUT for each in versions)
+    # A single step needs no start.
+    begin, back = ("", "") if len(versions) == 1 else (f", start={start}", f", start={to}")
+    return {
+        "message": f"sajobs version {to}",
+        "imports": "from sqlalchemy_jobs import migrations",
+        "upgrades": (
+            f"# Makes {about}.\n    # Run it {versions[-1].WHEN} the deploy.\n"
+            f"    migrations.upgrade(op, to={to}{begin}{in_schema})"
+        ),
+        "downgrades": f"migrations.downgrade(op, to={start}{back}{in_schema})",
+    }
+
+
+def version_of(scripts: ScriptDirectory) -> int:
+    """Return which version the revisions of an environment make, by our call or with operations of their own."""
+    made = 0
+    for revision in scripts.walk_revisions():
+        tree = ast.parse(Path(revision.path).read_bytes())
+        for call in (each for each in ast.walk(tree) if isinstance(each, ast.Call)):
+            made = max(made, _made_by(call))
+    return made
+
+
+def _made_by(call: ast.Call) -> int:
+    """Return the version to which a call in a revision belongs; 0: to none."""
+    named = {each.arg: each.value for each in call.keywords}
+    match call.func, named.get("to"), call.args[:1]:
+        case ast.Attribute(attr="upgrade"), ast.Constant(value=int(version)), _:
+            return version
+        case ast.Attribute(attr="create_table"), _, [ast.Constant(value=str(name))]:
+            versions = range(1, migrations.LATEST + 1)
+            return next((each for each in versions if name in tables_in(layout(each))), 0)
+    return 0
 
 
 REVISION = '''\

@@ -5,10 +5,10 @@ Inside a revision of your own::
     from sqlalchemy_jobs import migrations
 
     def upgrade() -> None:
-        migrations.upgrade(op, to=1)
+        migrations.upgrade(op, to=2)
 
     def downgrade() -> None:
-        migrations.downgrade(op, to=0)
+        migrations.downgrade(op, to=1)
 
 Without an Alembic environment: ``sajobs migrate``, or ``migrations.migrate(connection)``. The result is the
 same as what ``alembic revision --autogenerate`` makes of ``sqlalchemy_jobs.metadata``.
@@ -49,30 +49,38 @@ from sqlalchemy_jobs.tables import jobs, schema_of
 __all__ = ["LATEST", "State", "check", "downgrade", "migrate", "state", "upgrade"]
 
 
-def upgrade(op: Any, /, *, to: int, schema: str | None = None) -> None:
+def upgrade(op: Any, /, *, to: int, start: int | None = None, schema: str | None = None) -> None:
     """Bring the tables up to a version, in a revision of your own; ``op`` is Alembic's.
 
     It belongs to the transaction of the revision, and waits for other migrations of these tables. What is
     there already is left alone: tables that ``create_all`` made, or the first half of a migration that was
-    interrupted on MySQL. With ``--sql`` nothing can be looked at: then it is the one step from ``to - 1``.
+    interrupted on MySQL. With ``--sql`` nothing can be looked at: then it begins at ``start``, by default ``to - 1``.
     ``schema``: where the tables are, unless ``use_schema`` or the connection's ``schema_translate_map`` says so.
 
     Raises: MigrationError for a version that there is not, or tables that fit none; EngineError.
     """
     with _inside(op, schema) as migration:
-        migration.up(to)
+        migration.up(to, to - 1 if start is None else start)
 
 
-def downgrade(op: Any, /, *, to: int, schema: str | None = None, drop_rows: bool = False) -> None:
+def downgrade(
+    op: Any,
+    /,
+    *,
+    to: int,
+    start: int | None = None,
+    schema: str | None = None,
+    drop_rows: bool = False,
+) -> None:
     """Take the tables back to a version, in a revision of your own; 0 drops them.
 
-    It belongs to the transaction of the revision. With ``--sql`` it is the one step from ``to + 1``, and
+    It belongs to the transaction of the revision. With ``--sql`` it begins at ``start``, by default ``to + 1``, and
     rows are not counted. The rest is as for ``upgrade``.
 
     Raises: MigrationError, also when rows would be lost and ``drop_rows`` is false; EngineError.
     """
     with _inside(op, schema) as migration:
-        migration.down(to, drop_rows)
+        migration.down(to, to + 1 if start is None else start, drop_rows)
 
 
 def migrate(
@@ -101,9 +109,9 @@ def migrate(
         if not before.lowest == before.highest == to:
             with op.get_context().begin_transaction():  # a script says where it begins and ends
                 if to < before.highest:
-                    migration.down(to, drop_rows)
+                    migration.down(to, to, drop_rows)
                 else:
-                    migration.up(to)
+                    migration.up(to, to)
     return before
 
 
@@ -172,17 +180,19 @@ class _Migration:
         assert self.there is not None
         return state_of(self.there)
 
-    def up(self, to: int) -> None:
+    def up(self, to: int, start: int) -> None:
+        """Go up to a version; ``start`` is where from, if nothing can be looked at."""
         _check_known(to)
-        start = max(to - 1, 0) if self.there is None else self.state().lowest
+        start = max(start, 0) if self.there is None else self.state().lowest
         there = self.there
         for number in range(start + 1, to + 1):
             VERSIONS[number - 1].upgrade(Steps(self.op, self.schema, there))
-            there = None if there is None else layout(number)
+            there = None if there is None else there | layout(number)
 
-    def down(self, to: int, drop_rows: bool) -> None:
+    def down(self, to: int, start: int, drop_rows: bool) -> None:
+        """Go down to a version; ``start`` is where from, if nothing can be looked at."""
         _check_known(to)
-        start, doomed = min(to + 1, LATEST), set[str]()
+        start, doomed = min(start, LATEST), set[str]()
         if self.there is not None:
             start = self.state().highest
             if self.state().unknown:

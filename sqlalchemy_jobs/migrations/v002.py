@@ -44,7 +44,7 @@ def upgrade(op: Steps) -> None:
         sa.Column("concurrency", sa.Integer()),
         sa.Column("rate", _name(40)),
         sa.Column("strategy", _name(12), nullable=False),
-        sa.Column("ageing", sa.Float()),
+        sa.Column("ageing", sa.Double()),
         sa.Column("updated_at", _TIME, nullable=False),
         sa.PrimaryKeyConstraint("name", name="sajobs_queue_pkey"),
     )
@@ -72,7 +72,7 @@ def upgrade(op: Steps) -> None:
         sa.Column("payload", _JSON),
         sa.Column("options", _JSON),
         sa.Column("catch_up", _name(12), nullable=False),
-        sa.Column("catch_up_window", sa.Float()),
+        sa.Column("catch_up_window", sa.Double()),
         sa.Column("run_on_start", sa.Boolean(), nullable=False),
         sa.Column("in_code", sa.Boolean(), nullable=False),
         sa.Column("paused", sa.Boolean(), nullable=False),

@@ -88,6 +88,15 @@ def state_of(there: Set[str]) -> State:
         cut = {name for name in high - known if name.partition(".")[0] in known - low}
         if low & high <= known <= low | high and not cut:
             return State(version, version + 1, high - known, unknown)
+    for version in range(LATEST, 0, -1):
+        lacking = layouts[version] - known
+        tables = tables_in(layouts[version])
+        if known <= layouts[version] and not any(
+            name.partition(".")[0] in tables for name in lacking
+        ):
+            # Indexes that somebody has dropped: the versions that made them make them again.
+            whole = (each for each in range(version) if layouts[each] & layouts[version] <= known)
+            return State(max(whole), version, lacking, unknown)
     missing = _listed(layouts[LATEST] - known)
     if unknown:
         raise TablesTooNew(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args
 
-from sqlalchemy import Connection, Index, event, inspect
+from sqlalchemy import Connection, Double, Index, event, inspect
 from sqlalchemy.orm import (
     Mapped,
     Mapper,
@@ -77,7 +77,7 @@ class Schedule(Base):
     """What else ``enqueue`` is given for its jobs."""
     catch_up: Mapped[str] = mapped_column(columns.name(12), default="skip")
     """What becomes of ticks that no worker was there for: ``skip``, ``once`` or ``all``."""
-    window_seconds: Mapped[float | None] = mapped_column("catch_up_window", default=None)
+    window_seconds: Mapped[float | None] = mapped_column("catch_up_window", Double, default=None)
     """How many seconds late a tick may be caught up; NULL: a day. See ``window``."""
     run_on_start: Mapped[bool] = mapped_column(default=False)
     """Whether there is a tick when the first worker starts."""

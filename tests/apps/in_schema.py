@@ -27,7 +27,8 @@ from tests import domain
 from tests.databases import Database
 from tests.environments import OPTIONS, Environment
 
-NAMES = {"sajobs_job", "sajobs_attempt", "sajobs_worker"}
+NAMES = {table.name for table in sqlalchemy_jobs.metadata.tables.values()}
+AT_LATEST = f"at version {migrations.LATEST}"
 
 
 def make_tables(name: str, url: URL, schema: str, folder: Path) -> None:
@@ -94,7 +95,7 @@ def by_create_all(database: Database, schema: str, folder: Path) -> None:
     engine = create_engine(database.url, poolclass=NullPool)
     sqlalchemy_jobs.metadata.create_all(engine)
     assert tables_of(database) == HERE
-    assert str(in_transaction(database, migrations.migrate)) == "at version 1"
+    assert str(in_transaction(database, migrations.migrate)) == AT_LATEST
     environment(folder, schema).on(database).check()
     sqlalchemy_jobs.metadata.drop_all(engine)
 
@@ -107,7 +108,7 @@ def by_autogenerate(database: Database, schema: str, folder: Path) -> None:
 
 def by_revision(database: Database, schema: str, folder: Path) -> None:
     here = environment(folder, schema).on(database)
-    here.write("upgrade(op, to=1)", "downgrade(op, to=0)")
+    here.write(f"upgrade(op, to={migrations.LATEST}, start=0)", "downgrade(op, to=0)")
     there_and_back(here, database)
 
 
@@ -115,14 +116,14 @@ def there_and_back(here: Environment, database: Database) -> None:
     here.upgrade()
     assert tables_of(database) == HERE
     here.check()
-    assert str(in_transaction(database, migrations.migrate)) == "at version 1"
+    assert str(in_transaction(database, migrations.migrate)) == AT_LATEST
     here.downgrade()
 
 
 def by_offline_revision(database: Database, schema: str, folder: Path) -> None:
     """`use_schema` is all that it knows, and enough."""
     here = environment(folder, schema).on(database)
-    here.write("upgrade(op, to=1)", "downgrade(op, to=0)")
+    here.write(f"upgrade(op, to={migrations.LATEST}, start=0)", "downgrade(op, to=0)")
     script = here.upgrade_offline()
     for each in NAMES:
         assert f"CREATE TABLE {schema}.{each} (" in script
@@ -136,7 +137,7 @@ def by_command(database: Database, schema: str, folder: Path) -> None:
         (["--check"], "no tables for jobs"),
         ([], "made the tables"),
         (url, "nothing to do"),
-        (["--check"], "at version 1"),
+        (["--check"], AT_LATEST),
         (["--to", "0"], "took back the tables"),
         (url, "made the tables"),
     ):

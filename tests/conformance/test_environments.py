@@ -33,7 +33,7 @@ def test_a_naming_convention_leaves_our_names_alone(empty_database: Database) ->
     """Where `target_metadata` is one MetaData, Alembic applies its convention to every operation."""
     with empty_database.engine().begin() as connection:
         op = Operations(context(connection, Base.metadata))
-        migrations.upgrade(op, to=1)
+        migrations.upgrade(op, to=migrations.LATEST)
         migrations.check(connection)
         ours = sqlalchemy_jobs.metadata
         assert compare_metadata(context(connection, ours), ours) == []

@@ -29,7 +29,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 import sqlalchemy_jobs
-from sqlalchemy_jobs import Job, JobApp, Worker, enqueue, migrations
+from sqlalchemy_jobs import Job, JobApp, Worker, enqueue, migrations, pause_queue
 from sqlalchemy_jobs import job as declare
 from sqlalchemy_jobs.cli import main
 from sqlalchemy_jobs.errors import EngineError, MigrationError, TablesMissing, TablesOutdated
@@ -45,8 +45,11 @@ class Nothing:
     pass
 
 
-UPGRADE = "upgrade(op, to=1)"
-DOWNGRADE = "downgrade(op, to=0)"
+LATEST = migrations.LATEST
+AT_LATEST = f"at version {LATEST}"
+UPGRADE = f"upgrade(op, to={LATEST}, start=0)"
+DOWNGRADE = f"downgrade(op, to=0, start={LATEST})"
+TABLES = set(sqlalchemy_jobs.metadata.tables)
 
 
 def in_transaction(database: Database, work: Callable[[Connection], Any]) -> Any:
@@ -135,7 +138,7 @@ def test_a_revision_makes_what_the_models_say(
     assert table_names(empty_database) == set()
     here.upgrade()
     here.check()
-    assert made(empty_database) == "at version 1"  # `sajobs migrate` then has nothing to do
+    assert made(empty_database) == AT_LATEST  # `sajobs migrate` then has nothing to do
     assert definition(empty_database) == whole(empty_database.name)
 
 
@@ -197,10 +200,10 @@ def test_tables_that_are_there_are_left_alone(
     sqlalchemy_jobs.metadata.create_all(empty_database.engine(poolclass=NullPool))
     job = add_job(empty_database)
     before = definition(empty_database)
-    assert made(empty_database) == "at version 1"
+    assert made(empty_database) == AT_LATEST
     environment.on(empty_database).upgrade()
     environment.check()
-    assert made(empty_database) == "at version 1"
+    assert made(empty_database) == AT_LATEST
     assert definition(empty_database) == before
     assert jobs_in(empty_database) == [job]
 
@@ -208,7 +211,7 @@ def test_tables_that_are_there_are_left_alone(
 @pytest.mark.parametrize(
     ("upgrade", "downgrade", "wrong"),
     [
-        ("upgrade(op, to=2)", DOWNGRADE, 2),
+        (f"upgrade(op, to={LATEST + 1})", DOWNGRADE, LATEST + 1),
         ("upgrade(op, to=-1)", DOWNGRADE, -1),
         (UPGRADE, "downgrade(op, to=7)", 7),
         (UPGRADE, "downgrade(op, to=-1)", -1),
@@ -225,13 +228,14 @@ def test_a_version_that_there_is_not_is_refused(
         if upgrade == UPGRADE:
             environment.upgrade()
             step = environment.downgrade
-        with pytest.raises(MigrationError, match=f"no version {wrong}: the newest .* is 1"):
+        with pytest.raises(MigrationError, match=f"no version {wrong}: the newest .* is {LATEST}"):
             step()
-        assert len(table_names(database)) == (3 if upgrade == UPGRADE else 0)
+        assert table_names(database) == (TABLES if upgrade == UPGRADE else set())
 
 
 @pytest.mark.parametrize(
-    ("upgrade", "downgrade"), [("upgrade(op, to=0)", DOWNGRADE), (UPGRADE, "downgrade(op, to=1)")]
+    ("upgrade", "downgrade"),
+    [("upgrade(op, to=0)", DOWNGRADE), (UPGRADE, f"downgrade(op, to={LATEST})")],
 )
 def test_a_step_to_where_it_begins_is_none(
     upgrade: str, downgrade: str, databases: Databases, tmp_path: Path
@@ -245,7 +249,7 @@ def test_a_step_to_where_it_begins_is_none(
         assert ("DROP TABLE sajobs_job" in script) == (downgrade == DOWNGRADE)
         environment.upgrade()
         environment.downgrade()
-        assert len(table_names(database)) == (3 if upgrade == UPGRADE else 0)
+        assert table_names(database) == (TABLES if upgrade == UPGRADE else set())
 
 
 # --- `migrate` ----------------------------------------------------------------------------------
@@ -254,7 +258,7 @@ def test_a_step_to_where_it_begins_is_none(
 def test_migrate_makes_what_the_models_say(empty_database: Database, whole: Whole) -> None:
     assert made(empty_database) == "no tables for jobs"
     assert definition(empty_database) == whole(empty_database.name)
-    assert made(empty_database) == "at version 1"
+    assert made(empty_database) == AT_LATEST
     assert definition(empty_database) == whole(empty_database.name)
 
 
@@ -266,7 +270,7 @@ def test_its_statements_can_be_executed_elsewhere(empty_database: Database, whol
     assert definition(empty_database) == whole(empty_database.name)
     back = StringIO()
     in_transaction(empty_database, lambda each: migrations.migrate(each, to=0, sql=back))
-    assert len(table_names(empty_database)) == 3
+    assert table_names(empty_database) == TABLES
     execute(empty_database, back.getvalue())
     assert table_names(empty_database) == set()
 
@@ -292,6 +296,40 @@ def test_several_at_once_make_the_tables_once(
     )
     environment.on(empty_database).check()  # at its head, as `alembic upgrade` left it
     assert definition(empty_database) == whole(empty_database.name)
+
+
+def test_from_version_to_version_with_rows(empty_database: Database, whole: Whole) -> None:
+    """Jobs are kept, on the way there and back; what only the later version holds is not dropped unasked."""
+    one_made = in_transaction(empty_database, lambda each: migrations.migrate(each, to=1))
+    assert str(one_made) == "no tables for jobs"
+    first = definition(empty_database)
+    job = add_job(empty_database)
+    assert made(empty_database) == "at version 1"
+    assert definition(empty_database) == whole(empty_database.name)
+    with Session(empty_database.engine()) as session, session.begin():
+        pause_queue(session, "mail")
+    with pytest.raises(MigrationError, match=r"sajobs_queue has 1\. Nothing was changed"):
+        in_transaction(empty_database, lambda each: migrations.migrate(each, to=1))
+    assert definition(empty_database) == whole(empty_database.name)
+    in_transaction(empty_database, lambda each: migrations.migrate(each, to=1, drop_rows=True))
+    assert definition(empty_database) == first
+    assert jobs_in(empty_database) == [job]
+
+
+def test_a_later_revision_makes_the_later_version(
+    empty_database: Database, environment: Environment, whole: Whole
+) -> None:
+    """By hand and by autogenerate, where the first one made version 1; online and with `--sql`."""
+    environment.write("upgrade(op, to=1)", "downgrade(op, to=0)")
+    here = environment.on(empty_database)
+    here.upgrade()
+    script = here.generate()
+    assert script.count("create_table") == 4 and "op.drop" not in script.partition("def down")[0]
+    here.upgrade()
+    here.check()
+    assert definition(empty_database) == whole(empty_database.name)
+    here.downgrade()
+    assert table_names(empty_database) == set()
 
 
 # --- killed in the middle -----------------------------------------------------------------------
@@ -325,7 +363,8 @@ def test_where_ddl_is_not_transactional_it_goes_on_from_where_it_was_killed(
     environment.upgrade()  # where it was `migrate`, there is nothing to do
     environment.check()
     assert definition(empty_database) == whole("mysql")
-    assert len(states) == 7
+    assert len(states) == 13
+    assert states[7] == "at version 1"
     assert states[2] == (
         "version 1 was made in part, and these are missing: "
         "sajobs_attempt, sajobs_job_final, sajobs_job_running, sajobs_job_unique_slot, sajobs_worker"
@@ -333,7 +372,7 @@ def test_where_ddl_is_not_transactional_it_goes_on_from_where_it_was_killed(
 
     while migrating.killed_after_one_step(back, url, folder):
         states.append(in_transaction(empty_database, lambda each: str(migrations.state(each))))
-    assert len(states) == 9
+    assert len(states) == 20
     assert states[-1].endswith("these are missing: sajobs_attempt, sajobs_worker")
     assert table_names(empty_database) == set()
 
@@ -344,7 +383,7 @@ def test_a_downgrade_that_was_killed_can_be_taken_back(
 ) -> None:
     made(empty_database)
     assert migrating.killed_after_one_step(migrating.migrate_to_none, empty_database.url, tmp_path)
-    assert table_names(empty_database) == {"sajobs_job", "sajobs_attempt"}
+    assert table_names(empty_database) == TABLES - {"sajobs_schedule"}
     made(empty_database)
     assert definition(empty_database) == whole("mysql")
 
@@ -380,7 +419,7 @@ def test_a_lost_connection_is_told_as_such(empty_database: Database) -> None:
         migrations.migrate(connection)
     event.remove(engine, "before_cursor_execute", kill)
     assert made(empty_database).startswith("version 1 was made in part")
-    assert made(empty_database) == "at version 1"
+    assert made(empty_database) == AT_LATEST
 
 
 # --- rows ---------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tests.databases import Database, Databases
 from tests.environments import Environment
 from tests.processes import WorkerProcess
 
+AT_LATEST = f"at version {migrations.LATEST}"
 WEIRD = 'Tenant :two "100%"'
 """A name that SQL, text() and the drivers' formats must each be told to leave alone."""
 
@@ -65,7 +66,7 @@ def test_each_tenant_has_its_jobs(
         engine = schemas.database.engine(execution_options={"schema_translate_map": {None: tenant}})
         with engine.begin() as connection:
             assert str(migrations.migrate(connection)) == "no tables for jobs"
-            assert str(migrations.state(connection)) == "at version 1"
+            assert str(migrations.state(connection)) == AT_LATEST
             migrations.check(connection)
         domain.Base.metadata.create_all(engine)
         with Session(engine) as session, session.begin():
@@ -96,7 +97,7 @@ def test_each_tenant_has_its_jobs(
 def test_a_revision_makes_the_tables_of_each_tenant(schemas: Schemas, tmp_path: Path) -> None:
     """With the loop over the tenants that Alembic's cookbook gives for `schema_translate_map`."""
     environment = Environment(tmp_path / "alembic").on(schemas.database)
-    environment.write("upgrade(op, to=1)", "downgrade(op, to=0)")
+    environment.write(f"upgrade(op, to={migrations.LATEST})", "downgrade(op, to=0)")
     environment.edit(
         """\
         context.configure(
@@ -133,7 +134,7 @@ if""",
                     for each in (schemas.one, schemas.two, None)
                 ]
             )
-    there = ["at version 1", "at version 1", "no tables for jobs"]
+    there = [AT_LATEST, AT_LATEST, "no tables for jobs"]
     assert found == [there, ["no tables for jobs"] * 3, there]
 
 
@@ -148,7 +149,7 @@ def test_on_mysql_the_url_need_not_name_a_database(schemas: Schemas) -> None:
     ):
         assert connection.scalar(text("SELECT database()")) is None
         assert str(migrations.migrate(connection, schema=schemas.one)) == "no tables for jobs"
-        assert str(migrations.migrate(other, schema=schemas.one)) == "at version 1"
+        assert str(migrations.migrate(other, schema=schemas.one)) == AT_LATEST
 
 
 def test_a_schema_that_is_not_there_is_refused(schemas: Schemas) -> None:

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.pool import NullPool
 
+import sqlalchemy_jobs
 from tests.databases import Database, Databases
 from tests.processes import python
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.timeout(400)
 
 APPS = Path(__file__).parents[1] / "apps"
 
-OURS = ["sajobs_job", "sajobs_worker", "sajobs_attempt"]
+OURS = [table.name for table in sqlalchemy_jobs.metadata.sorted_tables]
 
 COMMANDS = """
 import sys

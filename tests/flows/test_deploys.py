@@ -37,6 +37,9 @@ from tests.databases import Database
 from tests.domain import Effect
 from tests.processes import workers
 
+LATEST = migrations.LATEST
+AT_LATEST = f"at version {LATEST}"
+
 # --- the versions to come -------------------------------------------------------------------------
 
 
@@ -58,35 +61,37 @@ def make_later(op: Steps) -> None:
     )
 
 
-def second_up(op: Steps) -> None:
+def next_up(op: Steps) -> None:
     add_column(op, "sajobs_job", Column("later", sa.Integer()))
     make_later(op)
 
 
-def second_down(op: Steps) -> None:
+def next_down(op: Steps) -> None:
     op.drop_table("sajobs_later")
     drop_column(op, "sajobs_job", "later")
 
 
-SECOND = SimpleNamespace(
-    WHEN="before", ABOUT="the table sajobs_later", upgrade=second_up, downgrade=second_down
+NEXT = SimpleNamespace(
+    WHEN="before", ABOUT="the table sajobs_later", upgrade=next_up, downgrade=next_down
 )
-HALF_OF_SECOND = SimpleNamespace(
+HALF_OF_NEXT = SimpleNamespace(
     upgrade=lambda op: add_column(op, "sajobs_job", Column("later", sa.Integer()))
 )
 
 
-def third_up(op: Steps) -> None:
+def after_next_up(op: Steps) -> None:
     drop_column(op, "sajobs_job", "tags")
     op.drop_table("sajobs_later")
 
 
-def third_down(op: Steps) -> None:
+def after_next_down(op: Steps) -> None:
     make_later(op)
     add_column(op, "sajobs_job", Column("tags", sa.JSON()))
 
 
-THIRD = SimpleNamespace(WHEN="after", ABOUT="the tags", upgrade=third_up, downgrade=third_down)
+AFTER_NEXT = SimpleNamespace(
+    WHEN="after", ABOUT="the tags", upgrade=after_next_up, downgrade=after_next_down
+)
 
 
 @contextmanager
@@ -120,8 +125,8 @@ def names_in(database: Database) -> set[str]:
 
 @pytest.fixture
 def migrated(empty_database: Database) -> Database:
-    """A database of its own, at version 1."""
-    migrate(empty_database, to=1)
+    """A database of its own, at the version of this release."""
+    migrate(empty_database, to=LATEST)
     return empty_database
 
 
@@ -158,61 +163,61 @@ def jobs_are_done(database: Database) -> None:
 
 def test_the_previous_release_works_on_what_a_later_one_added(migrated: Database) -> None:
     """And leaves it alone: it neither completes nor takes back what it does not know."""
-    with release(SECOND):
-        assert migrate(migrated, to=2) == "at version 1"
-        assert migrate(migrated, to=2) == "at version 2"
+    with release(NEXT):
+        assert migrate(migrated, to=LATEST + 1) == AT_LATEST
+        assert migrate(migrated, to=LATEST + 1) == f"at version {LATEST + 1}"
     names = names_in(migrated)
     assert {"sajobs_later", "sajobs_job.later"} <= names
     check(migrated)
     jobs_are_done(migrated)
-    assert migrate(migrated, to=1) == "at version 1"
+    assert migrate(migrated, to=LATEST) == AT_LATEST
     with pytest.raises(
         MigrationError,
         match=r"a later release .* \(sajobs_job.later, sajobs_later.*\): take them back",
     ):
         migrate(migrated, to=0)
     assert names_in(migrated) == names
-    with release(SECOND):
-        migrate(migrated, to=1)
-    assert names_in(migrated) == set(versions.layout(1))
+    with release(NEXT):
+        migrate(migrated, to=LATEST)
+    assert names_in(migrated) == set(versions.layout(LATEST))
 
 
 def test_a_release_refuses_tables_that_are_older_than_it_needs(migrated: Database) -> None:
     """At its start, with the command; on the right tables it works."""
-    with release(SECOND):
-        told = "at version 1, and this release needs version 2. Run your migrations, or `sajobs migrate`"
+    with release(NEXT):
+        told = f"{AT_LATEST}, and this release needs version {LATEST + 1}. Run your migrations, or `sajobs migrate`"
         with pytest.raises(TablesOutdated, match=told):
             check(migrated)
         with pytest.raises(TablesOutdated, match=told):
             worker(migrated).run()
-        migrate(migrated, to=2)
+        migrate(migrated, to=LATEST + 1)
         check(migrated)
         jobs_are_done(migrated)
 
 
 def test_a_version_that_was_made_in_part_is_completed(migrated: Database) -> None:
-    with release(HALF_OF_SECOND):
-        migrate(migrated, to=2)
+    with release(HALF_OF_NEXT):
+        migrate(migrated, to=LATEST + 1)
     check(migrated)  # the previous release does not mind
-    with release(SECOND):
-        told = "version 2 was made in part, and these are missing: sajobs_later, and this release"
+    with release(NEXT):
+        told = f"version {LATEST + 1} was made in part, and these are missing: sajobs_later, and this release"
         with pytest.raises(TablesOutdated, match=told):
             worker(migrated).run()
-        migrate(migrated, to=2)
+        migrate(migrated, to=LATEST + 1)
         check(migrated)
         jobs_are_done(migrated)
     with create_engine(migrated.url, poolclass=NullPool).begin() as connection:
         connection.execute(sa.text("DROP TABLE sajobs_later"))
-    with release(SECOND):
-        migrate(migrated, to=1)  # and half of it is taken back
-    assert names_in(migrated) == set(versions.layout(1))
+    with release(NEXT):
+        migrate(migrated, to=LATEST)  # and half of it is taken back
+    assert names_in(migrated) == set(versions.layout(LATEST))
 
 
 def test_a_release_refuses_tables_from_which_a_later_one_took_what_it_needs(
     migrated: Database,
 ) -> None:
-    with release(SECOND, THIRD):
-        assert migrate(migrated, to=3) == "at version 1"
+    with release(NEXT, AFTER_NEXT):
+        assert migrate(migrated, to=LATEST + 2) == AT_LATEST
         check(migrated)
     names = names_in(migrated)
     assert "sajobs_later" not in names  # made and taken away by one run
@@ -221,14 +226,14 @@ def test_a_release_refuses_tables_from_which_a_later_one_took_what_it_needs(
         check(migrated)
     with pytest.raises(TablesTooNew, match=told):
         worker(migrated).run()
-    for to in (1, 0):
+    for to in (LATEST, 0):
         with pytest.raises(TablesTooNew, match=told):
             migrate(migrated, to=to)
     assert names_in(migrated) == names
-    with release(SECOND, THIRD):
-        migrate(migrated, to=1)
+    with release(NEXT, AFTER_NEXT):
+        migrate(migrated, to=LATEST)
     check(migrated)
-    assert names_in(migrated) == set(versions.layout(1))
+    assert names_in(migrated) == set(versions.layout(LATEST))
 
 
 def test_a_transaction_from_before_a_migration_is_run_again(mysql: Database) -> None:
@@ -290,8 +295,8 @@ def test_a_migration_under_a_running_worker_loses_no_job(
         enqueueing.start()
         try:
             wait_until(lambda: done() >= 10)
-            for to in (2, 1, 2, 1):
-                with release(SECOND):
+            for to in (LATEST + 1, LATEST, LATEST + 1, LATEST):
+                with release(NEXT):
                     migrate(database, to=to)
                 before = done()
                 wait_until(lambda before=before: done() >= before + 10)
@@ -305,7 +310,7 @@ def test_a_migration_under_a_running_worker_loses_no_job(
             each.hex: 1 for each in enqueueing.made
         }
         assert session.scalar(select(func.count()).select_from(Attempt)) == 0
-    assert names_in(database) == set(versions.layout(1))
+    assert names_in(database) == set(versions.layout(LATEST))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -313,3 +318,42 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# --- the versions that there are ------------------------------------------------------------------
+
+
+@contextmanager
+def earlier_release(version: int) -> Iterator[None]:
+    """Be the release that came with a version, and knows of no later one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (versions, migrations):
+            patch.setattr(module, "VERSIONS", versions.VERSIONS[:version])
+            patch.setattr(module, "LATEST", version)
+        patch.setattr(migrations, "_needed", lambda: versions.layout(version))
+        yield
+
+
+@pytest.mark.parametrize("version", range(1, LATEST))
+def test_an_earlier_release_takes_the_tables_for_its_own(migrated: Database, version: int) -> None:
+    """It starts on them, leaves them alone, and says which release is to take them back."""
+    names = names_in(migrated)
+    with earlier_release(version):
+        check(migrated)
+        assert migrate(migrated, to=version) == f"at version {version}"
+        with pytest.raises(MigrationError, match="a later release of sqlalchemy-jobs changed"):
+            migrate(migrated, to=0)
+    assert names_in(migrated) == names
+
+
+def test_a_version_that_runs_before_the_deploy_adds_what_the_release_before_need_not_write() -> (
+    None
+):
+    """No column to a table that is there; else an INSERT of that release would fail for one that is NOT NULL."""
+    for number, version in enumerate(versions.VERSIONS, start=1):
+        before, after = versions.layout(number - 1), versions.layout(number)
+        if version.WHEN == "before":
+            assert before <= after
+            assert not any(
+                name.partition(".")[0] in before for name in after - before if "." in name
+            )

@@ -16,13 +16,17 @@ from sqlalchemy import URL, NullPool, create_engine, text
 from sqlalchemy.orm import Session
 
 import sqlalchemy_jobs
-from sqlalchemy_jobs import enqueue, job
+from sqlalchemy_jobs import enqueue, job, migrations
 from sqlalchemy_jobs.cli import main
+from sqlalchemy_jobs.migrations.versions import VERSIONS
 from tests.databases import Database, Databases
 from tests.environments import Environment, definition, execute, table_names
 
-TABLES = {"sajobs_job", "sajobs_attempt", "sajobs_worker"}
-MADE = "version 1: made the tables sajobs_job, sajobs_attempt and sajobs_worker"
+TABLES = set(sqlalchemy_jobs.metadata.tables)
+LATEST = migrations.LATEST
+MADE = [
+    f"version {number}: made {version.ABOUT}" for number, version in enumerate(VERSIONS, start=1)
+]
 
 
 @job("kept")
@@ -84,8 +88,8 @@ def test_it_tells_what_it_did(empty_database: Database) -> None:
     """As a user calls it, in a process."""
     url = in_full(empty_database.url)
     shown = f"{empty_database.url!r}: "
-    lines = [shown + "no tables for jobs", MADE, shown + "at version 1", "nothing to do"]
-    for expected in (lines[:2], lines[2:]):
+    first = [shown + "no tables for jobs", *MADE]
+    for expected in (first, [f"{shown}at version {LATEST}", "nothing to do"]):
         done = subprocess.run(
             [sys.executable, "-m", "sqlalchemy_jobs", "migrate", "--database-url", url],
             capture_output=True,
@@ -95,9 +99,10 @@ def test_it_tells_what_it_did(empty_database: Database) -> None:
         assert done.stdout.splitlines() == expected
     assert table_names(empty_database) == TABLES
 
-    assert migrate("--to", "0", url=empty_database.url) == Said(
-        0, f"{shown}at version 1\n{MADE.replace('made', 'took back')}\n"
-    )
+    taken_back = [each.replace("made", "took back") for each in reversed(MADE)]
+    back = migrate("--to", "0", url=empty_database.url)
+    assert back.status == 0
+    assert back.output.splitlines() == [f"{shown}at version {LATEST}", *taken_back]
     assert table_names(empty_database) == set()
 
 
@@ -105,14 +110,14 @@ def test_check_only_tells(empty_database: Database) -> None:
     url = empty_database.url
     before = _bytes(empty_database)
     assert migrate("--check", url=url) == Said(
-        1, f"{url!r}: no tables for jobs\nwanted: version 1\n"
+        1, f"{url!r}: no tables for jobs\nwanted: version {LATEST}\n"
     )
     assert migrate("--check", "--to", "0", url=url).status == 0
     assert table_names(empty_database) == set()
     assert _bytes(empty_database) == before
     migrate(url=url)
     before = _bytes(empty_database)
-    assert migrate("--check", url=url) == Said(0, f"{url!r}: at version 1\n")
+    assert migrate("--check", url=url) == Said(0, f"{url!r}: at version {LATEST}\n")
     assert migrate("--check", "--to", "0", url=url).status == 1
     assert table_names(empty_database) == TABLES
     assert _bytes(empty_database) == before
@@ -134,7 +139,7 @@ def test_sql_only_prints(empty_database: Database, databases: Databases, tmp_pat
     assert migrate("--sql", url=url) == Said(0, "")
     add_job(empty_database)
     back = migrate("--sql", "--to", "0", url=url)
-    assert (back.status, back.output.count("DROP TABLE")) == (0, 3)
+    assert (back.status, back.output.count("DROP TABLE")) == (0, len(TABLES))
     assert table_names(empty_database) == TABLES
 
 
@@ -162,7 +167,7 @@ def test_tables_that_others_made_are_recognised(empty_database: Database, tmp_pa
     assert migrate(url=url).last == "nothing to do"
     environment.downgrade()
     said = migrate(url=url)
-    assert MADE in said.output
+    assert MADE[-1] in said.output
     assert said.last.startswith("This database is migrated by Alembic too. List sqlalchemy_jobs.")
 
 
@@ -180,7 +185,7 @@ def test_rows_are_dropped_only_when_told_so(empty_database: Database) -> None:
 
 
 def test_the_driver_may_be_async(empty_database: Database) -> None:
-    assert MADE in migrate(url=empty_database.async_url).output
+    assert MADE[-1] in migrate(url=empty_database.async_url).output
     assert migrate(url=empty_database.async_url).last == "nothing to do"
     assert migrate("--check", url=empty_database.async_url).status == 0
     assert "CREATE" not in migrate("--sql", url=empty_database.async_url).output
@@ -238,7 +243,7 @@ def test_the_apps_database_is_taken(empty_database: Database, folder: Path, kind
     """It needs no handlers for that."""
     name = app(folder, APPS[kind], empty_database)
     assert migrate("--check", "--app", name).status == 1
-    assert MADE in migrate("--app", name).output
+    assert MADE[-1] in migrate("--app", name).output
     assert migrate("--check", "--app", name).status == 0
     assert table_names(empty_database) == TABLES
 
@@ -253,7 +258,7 @@ def test_beside_a_url_the_app_says_the_schema(databases: Databases, folder: Path
             jobs = JobApp(sessionmaker(engine.execution_options(schema_translate_map={None: "jobs"})))
             """
         name = app(folder, tenant, database)
-        assert MADE in migrate("--app", name, url=database.url).output
+        assert MADE[-1] in migrate("--app", name, url=database.url).output
         assert migrate("--check", "--schema", "jobs", url=database.url).status == 0
         assert migrate("--check", url=database.url).status == 1
 
@@ -286,11 +291,11 @@ def test_an_app_that_is_not_there_is_refused() -> None:
     assert "there is no module nowhere" in refused(migrate("--app", "nowhere:jobs"))
 
 
-@pytest.mark.parametrize("version", ["2", "-1"])
+@pytest.mark.parametrize("version", [str(LATEST + 1), "-1"])
 def test_a_version_that_there_is_not_is_refused(sqlite: Database, version: str) -> None:
     said = refused(migrate("--to", version, url=sqlite.url))
     assert f"there is no version {version}: the newest that this release" in said
-    assert "has is 1, and 0 is none" in said
+    assert f"has is {LATEST}, and 0 is none" in said
     assert table_names(sqlite) == TABLES
 
 
@@ -330,7 +335,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     assert said.status == 1
     assert said.output.endswith("attempt to write a readonly database (nothing was changed)\n")
     assert migrate("--check", url=url).status == 1
-    assert migrate("--sql", url=url).output.count("CREATE TABLE") == 3
+    assert migrate("--sql", url=url).output.count("CREATE TABLE") == len(TABLES)
     assert path.read_bytes() == before
 
 
@@ -379,4 +384,66 @@ def test_a_role_without_the_right_to_create_tables(
     assert "sajobs_job" in said.output
     assert table_names(row_locks_empty) == set()
     assert migrate("--check", url=without_rights).status == 1
-    assert MADE in migrate(url=row_locks_empty.url).output
+    assert MADE[-1] in migrate(url=row_locks_empty.url).output
+
+
+# --- `sajobs migration` ---------------------------------------------------------------------------
+
+BY_HAND = """
+import sqlalchemy as sa
+from alembic import op
+revision, down_revision = "1", None
+def upgrade():
+    for table in ("theirs",):
+        op.create_table(table, sa.Column("id", sa.Integer))
+    op.create_table('sajobs_job', sa.Column("id", sa.Integer))
+def downgrade(): pass
+"""
+
+
+def migration(environment: Environment, *options: str) -> Said:
+    """Have a revision written; its text is what was said."""
+    before = set(environment.scripts())
+    result = CliRunner().invoke(main, ["migration", "-c", str(environment.ini), *options])
+    new = set(environment.scripts()) - before
+    return Said(result.exit_code, *[each.read_text() for each in new] or [result.output])
+
+
+@pytest.mark.parametrize("schema", [None, "jobs"])
+def test_a_revision_goes_on_from_what_the_environment_has(
+    tmp_path: Path, schema: str | None
+) -> None:
+    environment = Environment(tmp_path / "alembic")
+    options = [] if schema is None else ["--schema", schema]
+    also = "" if schema is None else f", schema={schema!r}"
+    new = migration(environment, *options).output
+    assert f"    migrations.upgrade(op, to={LATEST}, start=0{also})\n" in new
+    assert f"    migrations.downgrade(op, to=0, start={LATEST}{also})\n" in new
+    assert all(version.ABOUT in new for version in VERSIONS)
+    assert migration(environment) == Said(
+        0, f"the environment makes version {LATEST}, which is the newest: nothing to do\n"
+    )
+
+
+@pytest.mark.parametrize("first", ["a call", "operations"])
+def test_a_revision_for_an_environment_that_has_version_1(tmp_path: Path, first: str) -> None:
+    environment = Environment(tmp_path / "alembic")
+    if first == "a call":
+        environment.write("upgrade(op, to=1, schema='x')", "downgrade(op, to=0)")
+    else:
+        (environment.folder / "versions" / "jobs.py").write_text(BY_HAND)
+    second = migration(environment).output
+    assert "    migrations.upgrade(op, to=2)\n" in second
+    assert "    migrations.downgrade(op, to=1)\n" in second
+    assert VERSIONS[0].ABOUT not in second
+    assert "down_revision: Union[str, Sequence[str], None] = '1'" in second
+
+
+def test_what_the_environment_has_can_be_said(tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "alembic")
+    assert "to=2)" in migration(environment, "--from", "1").output
+    assert "start=0)" in migration(environment, "--from", "0").output
+    refused = CliRunner().invoke(main, ["migration", "--from", str(LATEST + 1)])
+    assert refused.exit_code == 2
+    printed = CliRunner().invoke(main, ["migration", "--from", "1"])
+    assert "migrations.upgrade(op, to=2)" in printed.output
