@@ -79,7 +79,7 @@ def set_queue(
     time, such as ``"100/minute"``; None: no bound. ``strategy``: ``"priority"``, the better one first and among equals
     the longest due, or ``"fifo"``, the longest due first whatever its priority. ``ageing``: with ``"priority"``, how
     long a job has to wait to make up for one step of priority; None: it never does. With an AsyncSession:
-    ``await session.run_sync(lambda session: set_queue(session, name, strategy="fifo"))``.
+    ``await session.run_sync(set_queue, name, strategy="fifo")``.
 
     Raises: ControlError for a value that cannot be.
     """

@@ -40,7 +40,12 @@ from sqlalchemy_jobs import (
     enqueue_many,
     errors,
     job,
+    pause_kind,
+    pause_queue,
     requeue,
+    resume_kind,
+    resume_queue,
+    set_queue,
 )
 
 # --- payload classes stay what their authors wrote -------------------------------------------------
@@ -357,3 +362,19 @@ def cancel_and_requeue(session: Session, scoped: scoped_session[Session], now: d
 async def cancel_in_async_code(session: AsyncSession, job_id: UUID) -> None:
     assert_type(await session.run_sync(cancel, job_id, "not needed"), bool)
     assert_type(await session.run_sync(requeue, job_id), bool)
+
+
+# --- queues and kinds -----------------------------------------------------------------------------
+
+
+def hold_up(session: Session, scoped: scoped_session[Session]) -> None:
+    for change in (pause_queue, resume_queue, pause_kind, resume_kind):
+        assert_type(change(session, "mail"), bool)
+        assert_type(change(scoped, "mail"), bool)
+    set_queue(session, "mail", strategy="fifo", concurrency=3, rate="100/minute")
+    set_queue(scoped, "mail", ageing=timedelta(seconds=60), concurrency=None, rate=None)
+
+
+async def hold_up_async(session: AsyncSession) -> None:
+    assert_type(await session.run_sync(pause_queue, "mail"), bool)
+    await session.run_sync(set_queue, "mail", strategy="priority")

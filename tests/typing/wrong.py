@@ -23,7 +23,9 @@ from sqlalchemy_jobs import (
     enqueue,
     enqueue_many,
     job,
+    pause_queue,
     requeue,
+    set_queue,
 )
 
 
@@ -288,3 +290,14 @@ def cancel_wrongly(session: Session, made: Job) -> None:
 
 async def cancel_wrongly_in_async_code(session: AsyncSession, made: Job) -> None:
     cancel(session, made.id)  # error: run_sync is missing
+
+
+# --- queues and kinds -----------------------------------------------------------------------------
+
+
+def hold_up(session: Session, asynchronous: AsyncSession) -> None:
+    pause_queue(asynchronous, "mail")  # error: an AsyncSession
+    pause_queue(session, Crawl)  # error: a class, not a name
+    set_queue(session, "mail", strategy="lifo")  # error: no such strategy
+    set_queue(session, "mail", ageing=60)  # error: a number, not a timedelta
+    set_queue(session, "mail", paused=True)  # error: that is pause_queue
