@@ -113,6 +113,9 @@ class Numbers:
     ordered: bool = False
 
 
+UNLIMITED = Numbers()
+
+
 class Starts:
     """What has begun within a rate's window, as ``LimitRow.used`` keeps it: when, in microseconds, and how many.
 
@@ -160,6 +163,11 @@ def limit_key(name: str, value: str | None) -> str:
     if len(key) > LIMIT_KEY_LENGTH or not key.isprintable() or key.endswith(" "):
         key = f"{name}/#{hashlib.sha256(value.encode()).hexdigest()}"
     return key
+
+
+def key_of_queue(queue: str) -> str:
+    """Return the key of a queue that has limits itself; no limit has an empty name."""
+    return f"/{queue}"
 
 
 def name_of(key: str) -> str:

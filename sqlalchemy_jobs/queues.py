@@ -16,8 +16,9 @@ from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.orm.util import identity_key
 
 from sqlalchemy_jobs import bell
-from sqlalchemy_jobs.errors import ControlError
+from sqlalchemy_jobs.errors import ControlError, DeclarationError
 from sqlalchemy_jobs.inserts import insert_missing
+from sqlalchemy_jobs.limits import Rate
 from sqlalchemy_jobs.models import Kind, Queue, utcnow
 from sqlalchemy_jobs.outcomes import checked_delay
 from sqlalchemy_jobs.payloads import check_kind, check_queue, is_whole
@@ -94,6 +95,8 @@ def set_queue(
             values["ageing"] = checked_delay(ageing, "ageing") / timedelta(seconds=1)
         except (TypeError, ValueError) as error:
             raise ControlError(str(error)) from None
+    if fault := fault_of_rate(options.get("rate")):
+        raise ControlError(fault)
     if "strategy" in options and (fault := fault_of(options["strategy"], None)):
         raise ControlError(fault)
     session = _plain(session)
@@ -107,6 +110,16 @@ def fault_of(strategy: object, ageing: float | None) -> str | None:
         return f"strategy={strategy!r}: wanted {' or '.join(STRATEGIES)}"
     if ageing is not None and not 0 <= ageing < math.inf:
         return f"ageing={ageing}: wanted seconds, zero or more"
+    return None
+
+
+def fault_of_rate(rate: str | None) -> str | None:
+    """Tell what is wrong with a rate; None: nothing."""
+    try:
+        if rate is not None:
+            Rate.parse(rate)
+    except DeclarationError as error:
+        return str(error)
     return None
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import Select, and_, delete, exists, literal_column, or_, select
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs.columns import server_now
-from sqlalchemy_jobs.limits import LONGEST_WINDOW
+from sqlalchemy_jobs.limits import LONGEST_WINDOW, key_of_queue
 from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.tables import HAS_NO_SLOT, TO_JOB, is_limited, jobs, limits
 from sqlalchemy_jobs.transitions import delete_locked
@@ -142,6 +142,7 @@ def _kinds(state: JobState) -> Any:
 
 
 _IS_FORGOTTEN = and_(
+    ~limits.c.limit_key.startswith(key_of_queue("")),
     limits.c.used_at < server_now(-KEPT_KEYS),
     ~exists().where(
         jobs.c.limit_key == limits.c.limit_key,

@@ -12,6 +12,8 @@ ready). Where several rows are concerned they are locked in the order of their i
 
 from __future__ import annotations
 
+import math
+import random
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +38,7 @@ from sqlalchemy_jobs.backoff import quartic
 from sqlalchemy_jobs.claims import Claim, Lane, LimitedKey, Wanted
 from sqlalchemy_jobs.columns import microseconds, server_now
 from sqlalchemy_jobs.inserts import RUNG_AHEAD, insert_missing
-from sqlalchemy_jobs.limits import Starts
+from sqlalchemy_jobs.limits import Numbers, Starts, key_of_queue
 from sqlalchemy_jobs.states import JobState, Outcome, WorkerState
 from sqlalchemy_jobs.tables import (
     BEGUN,
@@ -68,6 +70,15 @@ class Failure:
     error_type: str | None = None
     traceback: str | None = None
     outcome: Outcome = Outcome.FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class QueueClaim:
+    """What came of a claim of a queue that has limits itself."""
+
+    claims: list[Claim]
+    opens: float = 0.0
+    """Seconds until its limits let a job begin, as far as that is known; 0: they do."""
 
 
 # --- by a worker, for many jobs at once -----------------------------------------------------------
@@ -113,12 +124,56 @@ def claim_limited(
     used = []
     for key in claims.keys() & starts.keys():
         starts[key].add(len(claims[key]))
-        used.append(
-            {"of_key": key, "starts": starts[key].used, "next": starts[key].next_at, "at": now}
-        )
+        used.append(_used(key, starts[key], now))
     if used:
         session.execute(_USE_KEY, used, bind_arguments=TO_JOB)
     return claims
+
+
+def claim_queue(
+    session: Session, wanted: Wanted, queue: str, numbers: Numbers, keys: Sequence[LimitedKey]
+) -> QueueClaim:
+    """ready -> running for due jobs of a queue that has limits itself: of its lanes, and of keys in it.
+
+    As ``claim_limited``, with a row for the queue, that is locked first.
+    """
+    key = key_of_queue(queue)
+    locked = session.execute(_LOCK_KEYS, {"keys": [key]}, bind_arguments=TO_JOB).first()
+    if locked is None:
+        return QueueClaim([])
+    room = min(wanted.room[queue], wanted.total)
+    if numbers.concurrency is not None:
+        free = numbers.concurrency - dialects.of(session).running_in(session, queue)
+        if free <= 0:
+            return QueueClaim([], opens=math.inf)
+        room = min(room, free)
+    if numbers.rate is not None:
+        starts = Starts(numbers.rate, locked.used, locked.now)
+        if starts.next_at is not None:
+            return QueueClaim([], opens=(starts.next_at - locked.now).total_seconds())
+        room = min(room, starts.free)
+    claims: list[Claim] = []
+    # By chance, for in the long run neither must take all.
+    for limited in random.sample((True, False), 2):
+        left = room - len(claims)
+        rest = replace(wanted, room={queue: left}, total=left, pools={}, durable=True)
+        if left > 0 and limited and keys:
+            claims += [
+                each for of_key in claim_limited(session, rest, keys).values() for each in of_key
+            ]
+        elif left > 0 and not limited and wanted.lanes:
+            claims += claim(session, rest)
+    if numbers.rate is not None and claims:
+        now = session.scalar(select(server_now()), bind_arguments=TO_JOB)  # none began later
+        assert now is not None
+        starts = Starts(numbers.rate, locked.used, now)
+        starts.add(len(claims))
+        session.execute(_USE_KEY, [_used(key, starts, now)], bind_arguments=TO_JOB)
+    return QueueClaim(claims)
+
+
+def _used(key: str, starts: Starts, now: datetime) -> dict[str, Any]:
+    return {"of_key": key, "starts": starts.used, "next": starts.next_at, "at": now}
 
 
 def add_keys(session: Session, keys: Collection[str]) -> None:

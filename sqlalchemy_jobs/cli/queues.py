@@ -19,7 +19,7 @@ from sqlalchemy_jobs.cli.config import CONTEXT, ConfiguredGroup
 from sqlalchemy_jobs.cli.databases import in_session, of_database
 from sqlalchemy_jobs.cli.listing import in_columns
 from sqlalchemy_jobs.columns import server_now
-from sqlalchemy_jobs.queues import STRATEGIES, QueueOptions, fault_of
+from sqlalchemy_jobs.queues import STRATEGIES, QueueOptions, fault_of, fault_of_rate
 from sqlalchemy_jobs.states import WorkerState
 from sqlalchemy_jobs.tables import TO_JOB, jobs, workers
 from sqlalchemy_jobs.tables import kinds as kinds_table
@@ -193,6 +193,8 @@ def _queues(session: Session, only: str | None = None) -> Listed:
             holds = ("yes" if row.paused else None, row.concurrency, row.rate, _order(row))
             if fault := fault_of(row.strategy, row.ageing):
                 listed.faults.append(f"queue {name} has {fault}; it goes by priority")
+            if fault := fault_of_rate(row.rate):
+                listed.faults.append(f"queue {name} has {fault}; none of its jobs begins")
         by = _listed(each.name for each in serving if patterns.serves(each.queues, name))
         listed.rows.append([name, *waiting.get(name, (0, 0, 0)), *holds, by])
     return listed

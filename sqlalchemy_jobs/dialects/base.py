@@ -52,6 +52,7 @@ from sqlalchemy_jobs.states import JobState, WorkerState
 from sqlalchemy_jobs.tables import (
     BEGUN,
     IS_READY,
+    IS_RUNNING,
     TO_JOB,
     final,
     is_limited,
@@ -541,6 +542,18 @@ class Dialect(ABC):
             claim = claim_of(row, row.attempt + 1, wanted.worker_id)
             claims.setdefault(row.limit_key, []).append(claim)
         return claims
+
+    def running_in(self, session: Session, queue: str) -> int:
+        """Count the running jobs of a queue."""
+        running = session.scalar(self._running_in, {"of_queue": queue}, bind_arguments=TO_JOB)
+        return running or 0
+
+    @cached_property
+    def _running_in(self) -> Any:
+        running = select(func.count()).where(
+            jobs.c.worker_id.is_not(None), IS_RUNNING, jobs.c.queue == bindparam("of_queue")
+        )
+        return self._by_limited_index(running, jobs, "sajobs_job_running")
 
     def _free_heads(self, session: Session, keys: Sequence[str]) -> dict[str, uuid.UUID]:
         """Return the oldest ready job of each of these keys of which none is running."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
 import uuid
 from collections import Counter
@@ -142,6 +143,8 @@ class Claimer:
         self._asleep_until = 0.0
         self._last_lanes: dict[Lane, None] = {}
         self._lanes: Collection[Lane] = ()
+        self._limited_lanes: list[Lane] = []
+        """The lanes with due jobs of queues that have limits themselves."""
         self._marks: dict[Lane, Mark] = {}
         self._starts: dict[Lane, Mark] = {}
         """Where each lane begins behind jobs of paused kinds."""
@@ -177,7 +180,7 @@ class Claimer:
         if self._slots.waiting and self._controls.believed_for <= 0:
             self._control.statements(self._heed)
         self._slots.wake_at = math.inf  # before looking: what is given up meanwhile wakes this loop
-        may_wait = time.monotonic() < self._ahead_until and not self._limiting.wants_slots
+        may_wait = time.monotonic() < self._ahead_until and not self._limited_wait
         ahead = self._speed.ahead() if may_wait else {}
         free, _ = self._slots.room(ahead)
         enough = sum(ahead.values()) // 2
@@ -198,8 +201,9 @@ class Claimer:
         self._asleep_until = 0.0
         self._limited_first = not self._limited_first
         half = (free + self._limited_first) // 2 if self._lanes else free
+        sees_due = guesses or self._clearing.is_on or self._sees_due()
         limited = [] if ahead or guesses else self._claim_limited(worker_id, half)
-        if guesses or self._clearing.is_on or self._sees_due():
+        if sees_due:
             claims, asked = self._carry_out(
                 lambda session: self._claim(session, worker_id, ahead, guesses)
             )
@@ -227,17 +231,17 @@ class Claimer:
             self._last_lanes = dict([*(last | self._last_lanes).items()][:MOST_GUESSED])
         if not is_full:
             self._ahead_until = 0.0
-        elif not ahead and not self._limiting.wants_slots and all(map(self._might_wait, claims)):
+        elif not ahead and not self._limited_wait and all(map(self._might_wait, claims)):
             self._ahead_until = time.monotonic() + LONGEST_AHEAD
         if not is_full and not ahead and half < free:  # what the others leave
             limited += self._claim_limited(worker_id, free)
         if not claims and not limited and self._slots.is_idle():
-            limited = self._begin(self._limiting.claim_suspect(self._wanted(worker_id, 1)))
-        if self._limiting.wants_slots:
+            limited = self._claim_suspect(worker_id)
+        if self._limited_wait:
             self._slots.wake_at = math.inf
         if claims or marked or limited:
             self._idle_polls = 0
-            at_once = is_full or marked or self._limiting.wants_slots
+            at_once = is_full or marked or self._limiting.wants_slots or 0 < half <= len(limited)
             return 0.0 if at_once else min(IDLE_WAITS[0], self._poll, self._limiting.wait)
         self._tell_if_drained()
         self._idle_polls += 1
@@ -255,9 +259,8 @@ class Claimer:
         if self._controls.read(session):
             self._starts, self._starts_until = {}, 0.0
             self._marks = {}  # what was paused lies before them
-            self._give_back(
-                self._slots.withdraw_if(lambda run: self._controls.is_paused(run.queue, run.kind))
-            )
+            self._limiting.forget()
+            self._give_back(self._slots.withdraw_if(self._must_not_wait))
 
     def _pass_paused_kinds(self, session: Session, lanes: Collection[Lane]) -> None:
         """Look now and then where the lanes begin for this worker: a claim is not to read what it must not take."""
@@ -266,19 +269,49 @@ class Claimer:
             self._starts = dialects.of(session).starts(session, lanes, kinds)
             self._starts_until = max(began_at + SWEEP, _rested(began_at))
 
-    def _unpaused(self, lanes: Iterable[Lane]) -> list[Lane]:
-        return [lane for lane in lanes if not self._controls.queue(lane[0]).paused]
+    def _must_not_wait(self, run: Run) -> bool:
+        controls = self._controls
+        return controls.is_paused(run.queue, run.kind) or not controls.is_plain(run.queue)
+
+    def _plain(self, lanes: Iterable[Lane]) -> list[Lane]:
+        return [lane for lane in lanes if self._controls.is_plain(lane[0])]
 
     def _claim_limited(self, worker_id: uuid.UUID, most: int) -> list[Claim]:
         """Claim and start jobs that count against limits: for free slots only, and none while a suspect is waited for."""
         if most == 0 or self._clearing.is_on:
             return []
         self._limiting.look(is_busy=self._was_full)
-        if not self._limiting.wants_slots:
+        if not self._limiting.wants_slots and not self._limited_lanes:
             return []
         if self._controls.expired or self._controls.believed_for <= 0:
             self._control.statements(self._heed)
-        return self._begin(self._limiting.claim(self._wanted(worker_id, most)))
+        claims = self._begin(self._limiting.claim(self._wanted(worker_id, most)))
+        queues = self._controls.limited_queues
+        for queue in random.sample(queues, len(queues)):
+            if (left := most - len(claims)) > 0:
+                lanes = [lane for lane in self._limited_lanes if lane[0] == queue]
+                wanted = replace(self._wanted(worker_id, left), lanes=lanes, room={queue: left})
+                if self._controls.queue(queue).ageing is not None:
+                    shares = self._control.statements(partial(self._shares, wanted=wanted))
+                    wanted = replace(wanted, shares=shares)
+                claims += self._begin(self._limiting.claim_queue(wanted, queue))
+        return claims
+
+    @property
+    def _limited_wait(self) -> bool:
+        """Whether jobs that count against limits may wait for a slot."""
+        of_queues = (self._limiting.may_begin(queue) for queue, _ in self._limited_lanes)
+        return self._limiting.wants_slots or any(of_queues)
+
+    def _claim_suspect(self, worker_id: uuid.UUID) -> list[Claim]:
+        """Claim a job that counts against limits and must run alone."""
+        wanted = replace(self._wanted(worker_id, 1), suspects=True)
+        claims = self._limiting.claim_suspect(wanted)
+        for queue in self._controls.limited_queues:
+            lanes = [lane for lane in self._limited_lanes if lane[0] == queue]
+            if not claims and lanes:
+                claims = self._limiting.claim_queue(replace(wanted, lanes=lanes), queue)
+        return self._begin(claims)
 
     def _wanted(self, worker_id: uuid.UUID, total: int) -> Wanted:
         return Wanted(
@@ -298,7 +331,8 @@ class Claimer:
         return claims
 
     def _lanes_of_suspects(self, session: Session, wanted: Wanted) -> list[Lane]:
-        return self._limiting.suspects or transitions.lanes_of_suspects(session, wanted)
+        everywhere = replace(wanted, lanes=[*wanted.lanes, *self._limited_lanes])
+        return self._limiting.suspects or transitions.lanes_of_suspects(session, everywhere)
 
     def _might_wait(self, claim: Claim) -> bool:
         """Tell whether a claim ahead would have brought this job: where others come, there may be more of them."""
@@ -340,7 +374,7 @@ class Claimer:
         if self._controls.expired or not (guesses and self._wakeup.is_on):
             self._heed(session)
         found = self._guess_lanes() if guesses else self._find_lanes(session)
-        lanes, kinds = self._unpaused(found), self._controls.kinds
+        lanes, kinds = self._plain(found), self._controls.kinds
         if not kinds:
             return [], 0
         queues = {queue for queue, _ in lanes}
@@ -454,13 +488,15 @@ class Claimer:
             due.first <= 0 or self._controls.queue(lane[0]).paused for lane, due in found.items()
         ):
             self._heed(session)
-        open_lanes = self._unpaused(found)
-        self._pass_paused_kinds(session, open_lanes)
+        self._pass_paused_kinds(session, plain := self._plain(found))
         self._marks = dict(self._starts)
-        open_now = [found[lane] for lane in open_lanes]
-        later = [due.next for due in open_now if due.next is not None]
-        self._next_due = now + min(later, default=math.inf)
-        return any(due.first <= 0 for due in open_now)
+        limited = self._controls.limited_queues
+        self._limited_lanes = [
+            lane for lane, due in found.items() if lane[0] in limited and due.first <= 0
+        ]
+        later = [found[lane].next for lane in (*plain, *self._limited_lanes)]
+        self._next_due = now + min((due for due in later if due is not None), default=math.inf)
+        return any(found[lane].first <= 0 for lane in plain)
 
     def _mark(self, claims: list[Claim], began_at: float) -> None:
         """Remember how far each lane was claimed, while claims come full.

@@ -13,7 +13,8 @@ from sqlalchemy import literal_column, null, select, union_all
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs.app import Handler
-from sqlalchemy_jobs.queues import fault_of
+from sqlalchemy_jobs.limits import UNLIMITED, Numbers, Rate
+from sqlalchemy_jobs.queues import fault_of, fault_of_rate
 from sqlalchemy_jobs.tables import TO_JOB, kinds, queues
 
 log = logging.getLogger("sqlalchemy_jobs")
@@ -37,10 +38,8 @@ class QueueControl:
     """What holds for a queue."""
 
     paused: bool = False
-    concurrency: int | None = None
-    """How many of its jobs may run at once, in all workers; None: as many as they have room for."""
-    rate: str | None = None
-    """How many of its jobs may begin in a time; None: as many as there are."""
+    numbers: Numbers = UNLIMITED
+    """How many of its jobs may run at once, and begin in a time, in all workers."""
     ageing: float | None = None
     """Seconds of waiting that make up for one step of priority, 0 by time alone; None: none do."""
 
@@ -84,14 +83,36 @@ class Controls:
             is_paused = kind in paused or handler.declaration.kind in paused
             (self.paused_kinds if is_paused else self.kinds).append(kind)
         self._read_at = began_at
-        self._tell(
-            {row.name: fault for row in of_queues if (fault := fault_of(row.strategy, row.ageing))}
-        )
+        faults = {}
+        for row in of_queues:
+            if fault := fault_of(row.strategy, row.ageing):
+                faults[row.name] = (
+                    f"{fault}; until `sajobs queues set` mends it, the queue goes by priority"
+                )
+            if fault := fault_of_rate(row.rate):
+                faults[row.name] = (
+                    f"{fault}; until `sajobs queues set` mends it, none of its jobs begins"
+                )
+        self._tell(faults)
         return before != (self._queues, self.paused_kinds)
 
     def queue(self, name: str) -> QueueControl:
         """Return what holds for a queue."""
         return self._queues.get(name, DEFAULT)
+
+    def is_plain(self, queue: str) -> bool:
+        """Tell whether a queue is neither paused nor has limits itself."""
+        control = self.queue(queue)
+        return not control.paused and control.numbers == UNLIMITED
+
+    @property
+    def limited_queues(self) -> list[str]:
+        """The queues that have limits themselves and are not paused."""
+        return [
+            name
+            for name, control in self._queues.items()
+            if not control.paused and control.numbers != UNLIMITED
+        ]
 
     @property
     def paused_queues(self) -> list[str]:
@@ -104,17 +125,19 @@ class Controls:
     def _tell(self, faults: dict[str, str]) -> None:
         for name, fault in faults.items():
             if self._faults.get(name) != fault:
-                log.error(
-                    'the row of queue "%s" has %s; until `sajobs queues set` mends it, the queue goes by priority',
-                    name,
-                    fault,
-                )
+                log.error('the row of queue "%s" has %s', name, fault)
         self._faults = faults
 
 
 def control_of(row: Any) -> QueueControl:
-    """Return what a row of ``Queue`` says; where its order makes no sense, the default."""
+    """Return what a row of ``Queue`` says; where its order makes no sense, the default.
+
+    Where its rate makes none, the queue is paused: too few begin, rather than too many.
+    """
     ageing = 0.0 if row.strategy == "fifo" else row.ageing
     if fault_of(row.strategy, row.ageing):
         ageing = None
-    return QueueControl(bool(row.paused), row.concurrency, row.rate, ageing)
+    if fault_of_rate(row.rate):
+        return QueueControl(paused=True, ageing=ageing)
+    rate = None if row.rate is None else Rate.parse(row.rate)
+    return QueueControl(bool(row.paused), Numbers(row.concurrency, rate), ageing)

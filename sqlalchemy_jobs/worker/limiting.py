@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy_jobs import dialects, transitions
 from sqlalchemy_jobs.app import Handler
 from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Lane, LimitedKey, LimitedLane, Wanted
-from sqlalchemy_jobs.limits import Numbers, name_of
+from sqlalchemy_jobs.limits import UNLIMITED, Numbers, key_of_queue, name_of
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.controls import Controls
@@ -36,7 +36,6 @@ ROUND_SHARE = 5
 """The same for an idle worker that has not been through all keys yet."""
 PROBE = 60.0
 """Seconds between two looks of a worker whose code has no limits, for jobs that were enqueued when it had."""
-UNLIMITED = Numbers()
 
 
 class Limiting:
@@ -80,8 +79,12 @@ class Limiting:
         self._suspects: dict[str, LimitedKey] = {}
         self._running: Counter[str] = Counter()
         """How many jobs of a key were running when it was looked at, with what was claimed since."""
+        self._queues: set[str] = set()
+        """The keys of queues whose rows have been made."""
         self._ours: dict[uuid.UUID, str] = {}
         self._freed: deque[str] = deque()
+        self._rest_until: dict[str, float] = {}
+        """Until when queues that have limits themselves let nothing begin, as far as is known."""
 
     # --- for the claimer ----------------------------------------------------------------------------
 
@@ -93,12 +96,43 @@ class Limiting:
         """Look which keys may have jobs to claim, if it is time to: a busy worker does so now and then only."""
         while self._freed:
             key = self._freed.popleft()
+            self._rest_until.pop(key, None)
             self._running[key] -= 1
             for each in self._blocked.pop(key, ()):
                 self._open[each.key, each.queue] = each
         now = time.monotonic()
+        self._rest_until = {key: until for key, until in self._rest_until.items() if until > now}
         if now >= self._look_at or not (is_busy or self._open or self._is_dormant):
             self._look(now)
+
+    def claim_queue(self, wanted: Wanted, queue: str) -> list[Claim]:
+        """Claim jobs of a queue that has limits itself: of its lanes, and of keys in it."""
+        key, now = key_of_queue(queue), time.monotonic()
+        free, rooms = self._slots.room()
+        pool = self._pools.in_turn([queue], rooms).get(queue)
+        keys = [each for each in self._open.values() if each.queue == queue][:KEYS]
+        if pool is None or not self.may_begin(queue) or not (wanted.lanes or keys):
+            return []
+        if key not in self._queues:
+            self._control.transaction(partial(transitions.add_keys, keys=[key]))
+            self._queues.add(key)
+        total = min(wanted.total, free)
+        most = -(-total // max(len(keys), 1))
+        found = self._control.transaction(
+            partial(
+                transitions.claim_queue,
+                wanted=replace(wanted, room={queue: rooms[pool]}, total=total),
+                queue=queue,
+                numbers=self._controls.queue(queue).numbers,
+                keys=[replace(each, most=most) for each in keys],
+            )
+        )
+        if found.opens:
+            self._rest_until[key] = now + min(found.opens, self._poll)
+        for each in keys:  # what there is more of them the next look sees
+            del self._open[each.key, queue]
+        self._ours.update((claim.job_id, key) for claim in found.claims)
+        return found.claims
 
     def claim_suspect(self, wanted: Wanted) -> list[Claim]:
         """Claim a job that must run alone."""
@@ -106,7 +140,7 @@ class Limiting:
             return []
         suspects = {(key, each.queue): each for key, each in self._suspects.items()}
         self._suspects.clear()
-        return self._claim(replace(wanted, total=1, suspects=True), suspects)
+        return self._claim(wanted, suspects)
 
     @property
     def suspects(self) -> list[Lane]:
@@ -118,17 +152,29 @@ class Limiting:
         """Whether there may be jobs to claim as soon as there is a slot."""
         return bool(self._open or self._freed)
 
+    def may_begin(self, queue: str) -> bool:
+        """Tell whether the limits of a queue may let a job begin."""
+        return self._rest_until.get(key_of_queue(queue), 0.0) <= time.monotonic()
+
     @property
     def wait(self) -> float:
         """Seconds until there may be something to claim that nobody tells of."""
-        return 0.0 if self._freed else max(self._next_due - time.monotonic(), 0.0)
+        if self._freed:
+            return 0.0
+        next_due = self._look_at if self._open else self._next_due
+        return max(min(next_due, *self._rest_until.values(), math.inf) - time.monotonic(), 0.0)
 
     def disowned(self, runs: Iterable[Run]) -> None:
         """Take note of runs whose jobs are not running here any more: others of their keys may begin."""
         keys = [key for run in runs if (key := self._ours.pop(run.job_id, None)) is not None]
         self._freed.extend(keys)
-        if any(key in self._blocked for key in keys):
+        if any(key in self._blocked or key.startswith(key_of_queue("")) for key in keys):
             self._wake()
+
+    def forget(self) -> None:
+        """Look again: what holds for queues and kinds has changed."""
+        self._open.clear()
+        self._look_at = -math.inf
 
     # --- looking ------------------------------------------------------------------------------------
 
@@ -184,6 +230,8 @@ class Limiting:
     def _sort_in(self, lane: LimitedLane, now: float) -> None:
         """Note whether there is something to claim in a lane, and else until when there is not."""
         self._found_in_round = True
+        if self._controls.is_paused(lane.queue, lane.kind):
+            return
         self._running[lane.key] = lane.running
         numbers = self._numbers_of(lane.key)
         due = lane.due
@@ -212,7 +260,7 @@ class Limiting:
     def _claim(self, wanted: Wanted, keys: dict[tuple[str, str], LimitedKey]) -> list[Claim]:
         """Claim jobs of the first of these keys, about as many of each; take the keys out, and keep what may have more."""
         free, rooms = self._slots.room()
-        queues = {queue for _, queue in keys if not self._controls.queue(queue).paused}
+        queues = {queue for _, queue in keys if self._controls.is_plain(queue)}
         pools = self._pools.in_turn(queues, rooms)
         total = min(wanted.total, free)
         picked: dict[str, LimitedKey] = {}

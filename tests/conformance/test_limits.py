@@ -19,16 +19,20 @@ from sqlalchemy_jobs import (
     JobApp,
     JobState,
     Limit,
+    Queue,
     Retry,
     Worker,
+    current_run,
     dialects,
     enqueue_many,
     job,
     retention,
+    set_queue,
     transitions,
 )
 from sqlalchemy_jobs.claims import Claim, LimitedKey, Wanted
 from sqlalchemy_jobs.columns import server_now
+from sqlalchemy_jobs.errors import ControlError
 from sqlalchemy_jobs.limits import Numbers, Rate
 from sqlalchemy_jobs.models import LimitRow
 from sqlalchemy_jobs.tables import limits
@@ -610,3 +614,96 @@ def test_a_key_that_is_being_claimed_is_not_forgotten(row_locks: Database) -> No
         bench.do(lambda s: retention.forget_keys(s, ""))
     assert len(bench.do(lambda s: s.scalars(select(LimitRow)).all())) == 1
     bench.control.close()
+
+
+# ------------------------------------------------------------------------ queues with limits themselves
+
+
+def test_a_queue_runs_no_more_jobs_at_once_than_it_is_set_to(database: Database) -> None:
+    """With or without limits of their own, in two workers."""
+    with database.sessions().begin() as session:
+        set_queue(session, "mail", concurrency=2)
+    add(database, *(Plain(n) for n in range(20)), *(Three(n) for n in range(20)), queue="mail")
+    add(database, *(Charge(n) for n in range(10)), queue="mail")
+    add(database, *(Plain(n) for n in range(100, 120)))
+    at_once: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def handle(session: Session, payload: Any) -> None:
+        queue = current_run().queue
+        with lock:
+            at_once[queue] += 1
+            most[queue] = max(most[queue], at_once[queue])
+        time.sleep(0.005)
+        with lock:
+            at_once[queue] -= 1
+
+    apps: list[JobApp[Any, Any]] = [JobApp(database.sessions()) for _ in range(2)]
+    for app in apps:
+        for cls in (Plain, Three, Charge):
+            app.handler(cls)(handle)
+    with apps[0].worker(concurrency=4), apps[1].worker(concurrency=4):
+        until(lambda: count(database, Job.state == "succeeded") == 70, 40)
+    assert most["mail"] == 2
+
+
+def test_a_queue_begins_no_more_jobs_in_a_time_than_it_is_set_to(database: Database) -> None:
+    with database.sessions().begin() as session:
+        set_queue(session, "mail", rate="4/1s")
+    add(database, *(Plain(n) for n in range(6)), *(Charge(n) for n in range(4)), queue="mail")
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    Counting(app, Plain)
+    Counting(app, Charge)
+    with app.worker(concurrency=8, poll_interval=timedelta(seconds=30)):
+        until(lambda: count(database, Job.state == "succeeded") == 10, 30)
+    with database.sessions()() as session:
+        began = list(session.scalars(select(Job.started_at).order_by(Job.started_at)))
+    for first, fifth in zip(began, began[4:], strict=False):
+        assert first and fifth and fifth - first >= timedelta(seconds=1)
+
+
+def test_the_limits_of_a_queue_are_in_force_within_two_seconds(database: Database) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    ran: list[int] = []
+    go_on = threading.Event()
+
+    @app.handler(Plain)
+    def plain(session: Session, payload: Plain) -> None:
+        ran.append(payload.n)
+        go_on.wait(30)
+
+    with app.worker(concurrency=3, poll_interval=timedelta(seconds=0.2)):
+        with database.sessions().begin() as session:
+            set_queue(session, "mail", concurrency=1)
+        time.sleep(2)
+        add(database, *(Plain(n) for n in range(3)), queue="mail")
+        until(lambda: len(ran) == 1)
+        time.sleep(0.3)
+        assert len(ran) == 1
+        with database.sessions().begin() as session:
+            set_queue(session, "mail", concurrency=None)
+        until(lambda: len(ran) == 3)
+        go_on.set()
+
+
+def test_a_queue_whose_rate_makes_no_sense_waits_until_it_is_mended(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    with database.sessions().begin() as session:
+        session.add(Queue(name="mail", rate="many"))
+    add(database, Plain(1), queue="mail")
+    add(database, Plain(2))
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    plain = Counting(app, Plain)
+    with app.worker(poll_interval=timedelta(seconds=0.1)):
+        until(lambda: plain.ran == [Plain(2)] and "none of its jobs begins" in caplog.text)
+        with database.sessions().begin() as session:
+            set_queue(session, "mail", rate="100/second")
+        until(lambda: len(plain.ran) == 2)
+
+
+def test_a_rate_that_makes_no_sense_is_refused(database: Database) -> None:
+    refused = pytest.raises(ControlError, match="at character 5: wanted second, minute")
+    with database.sessions()() as session, refused:
+        set_queue(session, "mail", rate="100/fortnight")
