@@ -14,6 +14,7 @@ PROGRAMS = (
     "bulk",
     "latency",
     "backlog",
+    "limits",
     "cores",
     "idle",
     "memory",

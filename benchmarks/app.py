@@ -12,13 +12,17 @@ from typing import Any
 from sqlalchemy import String, create_engine, func
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from sqlalchemy_jobs import JobApp, job, sqlite
+from sqlalchemy_jobs import JobApp, Limit, job, sqlite
 
 URL_OF, COUNT_OF, COLOUR = "SAJOBS_BENCH_URL", "SAJOBS_BENCH_COUNT", "SAJOBS_BENCH_COLOUR"
 TRACE = 0
 """In place of a count: say every call."""
 NEVER = -1
 """In place of a count: say the first call only."""
+
+
+MOST_LIMITED = 1000
+"""More than a worker has slots."""
 
 
 class Base(DeclarativeBase):
@@ -41,6 +45,15 @@ class Entry(Base):
 class Noop:
     """Nothing is done."""
 
+    n: int
+
+
+@job("limited", limit=Limit(concurrency=MOST_LIMITED, key="key"))
+@dataclass(frozen=True)
+class Limited:
+    """Nothing is done, beside others of its key up to a limit."""
+
+    key: str
     n: int
 
 
@@ -69,6 +82,10 @@ class Nap:
 
 
 def noop(session: Session, payload: Noop) -> None:
+    called()
+
+
+def limited(session: Session, payload: Limited) -> None:
     called()
 
 
@@ -135,6 +152,7 @@ if os.environ.get(COLOUR) == "async":
 elif URL_OF in os.environ:
     jobs = JobApp(sessionmaker(engine_of(os.environ[URL_OF])))
     jobs.handler(Noop)(noop)
+    jobs.handler(Limited)(limited)
     jobs.handler(Insert)(insert)
     jobs.handler(Burn)(burn)
     jobs.handler(Nap)(nap)
