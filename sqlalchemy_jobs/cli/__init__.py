@@ -7,6 +7,7 @@ import click
 from sqlalchemy_jobs.cli.config import CONTEXT
 from sqlalchemy_jobs.cli.migrations import migrate, migration
 from sqlalchemy_jobs.cli.queues import kinds, queues
+from sqlalchemy_jobs.cli.schedules import schedules
 from sqlalchemy_jobs.cli.worker import worker
 
 
@@ -20,5 +21,5 @@ def main() -> None:
     """
 
 
-for command in (worker, queues, kinds, migrate, migration):
+for command in (worker, queues, kinds, schedules, migrate, migration):
     main.add_command(command)

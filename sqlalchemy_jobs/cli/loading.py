@@ -9,9 +9,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import click
+
 import sqlalchemy_jobs
 from sqlalchemy_jobs.app import JobApp
 from sqlalchemy_jobs.errors import AppError
+
+importing = click.option(
+    "--import",
+    "modules",
+    multiple=True,
+    envvar="SAJOBS_IMPORT",
+    metavar="MODULE",
+    help="A further module to import, for the handlers it registers. May be repeated.",
+)
 
 
 def load_app(name: str, modules: Iterable[str] = ()) -> JobApp[Any, Any]:

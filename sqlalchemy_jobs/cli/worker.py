@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from sqlalchemy_jobs.cli.config import ARGUMENTS, CONTEXT, Configured, Refused
-from sqlalchemy_jobs.cli.loading import load_app
+from sqlalchemy_jobs.cli.loading import importing, load_app
 from sqlalchemy_jobs.errors import ConfigurationError
 
 
@@ -86,14 +86,7 @@ def seconds(minimum: float, *, open_: bool = False) -> dict[str, Any]:
     metavar="MODULE:NAME",
     help="Where the JobApp is, for example shop.jobs:jobs.",
 )
-@click.option(
-    "--import",
-    "modules",
-    multiple=True,
-    envvar="SAJOBS_IMPORT",
-    metavar="MODULE",
-    help="A further module to import, for the handlers it registers. May be repeated.",
-)
+@importing
 @click.option(
     "--queue",
     "queues",

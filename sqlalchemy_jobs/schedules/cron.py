@@ -67,11 +67,11 @@ def rule(cron: str, timezone: str = "UTC") -> Rule:
         raise ScheduleError(f'cron={cron!r}: wanted a cron line, for example "0 4 * * *"')
     if len(cron) > CRON_LENGTH:
         raise ScheduleError(f"cron: {len(cron)} characters, and at most {CRON_LENGTH} are kept")
-    zone = _zone(timezone)
+    clock = zone(timezone)
     word, _, rest = cron.strip().partition(" ")
     if word.lower() == "@every":
         return _Every(_interval(cron, rest))
-    return _Cron(cron, zone)
+    return _Cron(cron, clock)
 
 
 def ticks(rule: Rule, first: datetime, until: datetime) -> Iterator[datetime]:
@@ -154,7 +154,11 @@ class _Cron:
 # --- zones ----------------------------------------------------------------------------------------
 
 
-def _zone(name: str) -> tzinfo:
+def zone(name: str) -> tzinfo:
+    """Return a time zone by its name.
+
+    Raises: ScheduleError.
+    """
     if name == "UTC":
         return UTC  # also where there is no database of zones
     try:

@@ -128,7 +128,7 @@ class Schedule(Base):
             case "cron":
                 crons.rule(value)
             case "timezone":
-                crons.rule("@hourly", value)
+                crons.zone(value)
             case _:
                 _check_catch_up(value)
         return value

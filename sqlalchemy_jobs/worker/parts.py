@@ -132,7 +132,7 @@ class Parts:
             settings.lease,
             settings.pools.patterns,
             self._handlers,
-            lambda: self._claiming.wake(),
+            self._on_ready,
             self._on_lost,
             self._lock,
             self._wakeup,
@@ -154,7 +154,7 @@ class Parts:
             self._wakeup,
             self._start_waiting,
             self._give_back,
-            lambda: self._inbox.put("drained"),
+            self._on_drained,
             controls,
             self._limiting,
         )
@@ -374,6 +374,14 @@ class Parts:
     def _on_rung(self, queue: str) -> None:
         self._claimer.rung(queue)
         self._claiming.wake()
+
+    def _on_ready(self) -> None:
+        self._claiming.wake()
+        self._scheduling.wake()
+
+    def _on_drained(self) -> None:
+        if self._scheduler.is_idle:
+            self._inbox.put("drained")
 
     def _on_change(self) -> None:
         self._claiming.wake()

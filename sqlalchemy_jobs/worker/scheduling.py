@@ -36,6 +36,8 @@ class Scheduler:
         self._wakeup = wakeup
         self._next_sync = -math.inf
         self._has_started = False
+        self.is_idle = False
+        """Whether no tick had come when it last looked."""
 
     def step(self) -> float:
         worker_id = self._lease.worker_id
@@ -56,9 +58,10 @@ class Scheduler:
         """Make the jobs of the ticks that have come; return for how many seconds there is nothing to do."""
         longest = LISTENING_LOOK if self._wakeup.is_on else LOOK
         rows, now = self._control.statements(lambda session: ticks.upcoming(session, self._known))
+        due = [row for row in rows if row.next_tick is None or (now and row.next_tick <= now)]
+        self.is_idle = not due
         if now is None:
             return longest
-        due = [row for row in rows if row.next_tick is None or row.next_tick <= now]
         if not due:
             return min(float((rows[0].next_tick - now).total_seconds()), longest)
         return 0.0 if self._fire([ticks.plan(row, now, self._known) for row in due]) else BUSY_PAUSE

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqlalchemy_jobs import (
+    Handlers,
     Job,
     JobApp,
     Schedule,
@@ -33,6 +35,7 @@ from sqlalchemy_jobs import (
     requeue,
     resume_schedule,
 )
+from sqlalchemy_jobs.cli import main
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.payloads import declaration_of
 from sqlalchemy_jobs.schedules import ticks
@@ -776,3 +779,133 @@ def test_the_due_ones_of_thousands_are_found_by_the_index(database: Database) ->
         said.count(names.get(database.name, "USING INDEX sajobs_schedule_next (paused=?")) >= 2
     ), said
     assert "Seq Scan on sajobs_schedule" not in said and "filesort" not in said, said
+
+
+# --- declared wrongly, and the command -----------------------------------------------------------------
+
+
+async def in_vain(tick: datetime) -> Note:
+    return Note()
+
+
+def untold(tick):  # type: ignore[no-untyped-def]
+    return Note()
+
+
+def of_nothing() -> Note:
+    return Note()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        (("n", "0 25 * * *", Note()), {}, 'schedule "n": cron "0 25 * * *", character 3: the hour'),
+        (("n", "@daily", Note()), {"timezone": "Mars"}, "timezone='Mars' is not known"),
+        (("", "@daily", Note()), {}, "wanted a name of 1 to 200"),
+        (("n\n", "@daily", Note()), {}, "wanted a name of 1 to 200"),
+        (("n", "@daily", Note()), {"catch_up": "never"}, 'wanted "skip", "once" or "all"'),
+        (("n", "@daily", Note()), {"window": HOUR}, 'window is for catch_up="once" and "all"'),
+        (("n", "@daily", Note()), {"catch_up": "all", "window": 60}, "window=60 (int) is not a timedelta"),
+        (("n", "@daily", Note()), {"delay": HOUR}, "delay: no option of a schedule's jobs"),
+        (("n", "@daily", Note()), {"queue": "a b"}, "queue 'a b'"),
+        (("n", "@daily", Note()), {"tags": "a"}, "tags='a' is one string"),
+        (("n", "@daily", Note()), {"unique_key": " a"}, "unique_key=' a'"),
+        (("n", "@daily", Note(5)), {}, "Note.text"),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_where_it_is_declared(
+    arguments: tuple[Any, ...], options: dict[str, Any], said: str
+) -> None:
+    app: JobApp[Any, Any] = JobApp(sessionmaker())
+    for declare in (app.schedule, Schedule):
+        with pytest.raises((errors.ScheduleError, errors.PayloadError)) as raised:
+            declare(*arguments, **options)
+        assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (Note, "was given the class Note: wanted a payload, or a function of the tick"),
+        ("note", "was given 'note'"),
+        (in_vain, "in_vain is async"),
+        (untold, "untold does not say what it returns"),
+        (lambda tick: Note(), "does not say what it returns"),
+        (of_nothing, "of_nothing cannot be called with a tick"),
+    ],
+)
+def test_a_function_that_is_none_of_the_tick_is_refused(payload: Any, said: str) -> None:
+    app: JobApp[Any, Any] = JobApp(sessionmaker())
+    with pytest.raises(errors.ScheduleError) as raised:
+        app.schedule("n", "@daily", payload)
+    assert said in str(raised.value)
+
+
+def test_names_are_unique_also_through_include_and_a_schedule_needs_a_handler() -> None:
+    group, app = Handlers[Any, Any](), JobApp(sessionmaker())
+    group.schedule("n", "@daily", Note())
+    app.include(group)
+    app.include(group)
+    with pytest.raises(errors.DuplicateSchedule, match='there are two schedules "n"'):
+        app.schedule("n", "@daily", Note())
+    app.handler(Only)(lambda session, payload: None)
+    with pytest.raises(errors.ConfigurationError, match='kind "note", and the app has no handler'):
+        app.worker(drain=True).run()
+
+
+def test_who_only_enqueues_does_not_import_croniter() -> None:
+    program = "import sys, sqlalchemy_jobs; sys.exit('croniter' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_the_command_lists_pauses_resumes_and_runs(
+    scene: Scene, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = app_of(scene)
+    app.schedule("code", "0 4 * * *", lambda_of_tick, timezone="Asia/Kathmandu")
+    module = ModuleType("app_of_test_schedules")
+    vars(module)["jobs"] = app
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    scene.add(Schedule("row", "@every 30d", Note()), Schedule("wrong", "@daily", Note()))
+    start(scene, app)
+    scene.set("wrong", cron="nonsense", next_tick=None)
+    scene.fire()
+
+    def command(
+        *arguments: str, of: str = "--app=app_of_test_schedules:jobs"
+    ) -> tuple[Any, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["schedules", of, *arguments])
+        return (ended.value.code, *capsys.readouterr())
+
+    url = scene.database.url.render_as_string(hide_password=False)
+    for of in ("--app=app_of_test_schedules:jobs", f"--database-url={url}"):
+        status, listed, faults = command(of=of)
+        assert (status, faults) == (0, f"wrong: {scene.row('wrong').error}\n")
+        code, row, wrong = (line.split() for line in listed.splitlines()[1:])
+        assert code[:10] == [
+            "code",
+            "0",
+            "4",
+            "*",
+            "*",
+            "*",
+            "Asia/Kathmandu",
+            "note",
+            "code",
+            "on",
+        ]
+        assert code[-1] == "04:00:00+05:45"
+        assert row[-6:-2] == ["note", "row", "on", "-"]
+        assert wrong[-3:] == ["wrong", "-", "-"]
+    _, listed, _ = command("--next", "5")
+    shown = [line.split()[-2:] for line in listed.splitlines()[1:6]]
+    assert len({day for day, _ in shown}) == 5 and {time for _, time in shown} == {"04:00:00+05:45"}
+    assert command("pause", "row")[:2] == (0, "row: paused\n")
+    assert command("pause", "row")[:2] == (0, "row: was paused before\n")
+    assert command("resume", "row")[:2] == (0, "row: resumed\n")
+    assert command("run", "row")[1].startswith("row: added job ")
+    assert len(scene.jobs()) == 1
+    assert command("pause", "no")[::2] == (1, 'Error: there is no schedule "no"\n')
+    status, _, said = command("run", "row", of=f"--database-url={url}")
+    assert status == 2 and "name it by --app" in said

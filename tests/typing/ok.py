@@ -30,6 +30,7 @@ from sqlalchemy_jobs import (
     JobState,
     Retry,
     Run,
+    Schedule,
     Snooze,
     Unique,
     backoff,
@@ -42,9 +43,11 @@ from sqlalchemy_jobs import (
     job,
     pause_kind,
     pause_queue,
+    pause_schedule,
     requeue,
     resume_kind,
     resume_queue,
+    resume_schedule,
     set_queue,
 )
 
@@ -378,3 +381,38 @@ def hold_up(session: Session, scoped: scoped_session[Session]) -> None:
 async def hold_up_async(session: AsyncSession) -> None:
     assert_type(await session.run_sync(pause_queue, "mail"), bool)
     await session.run_sync(set_queue, "mail", strategy="priority")
+
+
+# --- schedules --------------------------------------------------------------------------------------
+
+
+def crawl_at(tick: datetime) -> Crawl:
+    return Crawl(page=f"/{tick:%Y}")
+
+
+def reminders() -> Handlers[Session, AsyncSession]:
+    several = Handlers[Session, AsyncSession]()
+    several.schedule("daily", "@daily", Thumbnail("a.png"), queue="images", tags=["daily"])
+    several.schedule("hourly", "0 * * * *", crawl_at, timezone="Europe/Berlin", catch_up="once")
+    several.schedule(
+        "all", "@every 90s", Invoice(number=1), catch_up="all", window=timedelta(hours=1)
+    )
+    return several
+
+
+def change_schedules(
+    session: Session, scoped: scoped_session[Session], app: JobApp[Session, AsyncSession]
+) -> None:
+    made = Schedule("one", "@hourly", Reminder("now"), priority=3, headers={"a": "b"}, paused=True)
+    session.add(made)
+    made.cron, made.paused, made.window = "@daily", False, timedelta(days=2)
+    assert_type(made.next_tick, datetime | None)
+    assert_type(pause_schedule(session, "one"), bool)
+    assert_type(resume_schedule(scoped, "one"), bool)
+    assert_type(app.run_schedule(session, "one"), Job)
+    assert_type(current_run().scheduled_at, datetime | None)
+    assert_type(current_run().schedule, str | None)
+    try:
+        Schedule("one", "* * *", Reminder("now"))
+    except errors.ScheduleError as error:
+        assert_type(error.position, int | None)

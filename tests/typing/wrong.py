@@ -17,6 +17,7 @@ from sqlalchemy_jobs import (
     JobApp,
     Retry,
     Run,
+    Schedule,
     Snooze,
     Unique,
     cancel,
@@ -24,6 +25,7 @@ from sqlalchemy_jobs import (
     enqueue_many,
     job,
     pause_queue,
+    pause_schedule,
     requeue,
     set_queue,
 )
@@ -301,3 +303,33 @@ def hold_up(session: Session, asynchronous: AsyncSession) -> None:
     set_queue(session, "mail", strategy="lifo")  # error: no such strategy
     set_queue(session, "mail", ageing=60)  # error: a number, not a timedelta
     set_queue(session, "mail", paused=True)  # error: that is pause_queue
+
+
+# --- schedules --------------------------------------------------------------------------------------
+
+
+def not_a_payload(tick: datetime) -> str:
+    return ""
+
+
+def not_of_a_tick(tick: str) -> Thumbnail:
+    return Thumbnail(tick)
+
+
+both.schedule("name", "@daily", NoFields())  # error: no payload
+both.schedule("name", "@daily", Thumbnail)  # error: the class, not an instance
+both.schedule("name", "@daily", not_a_payload)  # error: returns no payload
+both.schedule("name", "@daily", not_of_a_tick)  # error: takes no datetime
+both.schedule("name", "@daily")  # error: no payload
+both.schedule("name", 5, Thumbnail("a.png"))  # error: a line is wanted
+both.schedule("name", "@daily", Thumbnail("a.png"), catch_up="never")  # error: skip, once or all
+both.schedule("name", "@daily", Thumbnail("a.png"), window=60)  # error: seconds
+both.schedule("name", "@daily", Thumbnail("a.png"), delay=60)  # error: no such option
+Schedule("name", "@daily", Thumbnail("a.png"), priority="high")  # error: a number is wanted
+Schedule("name", "@daily", lambda tick: Thumbnail("a.png"))  # error: a row holds no function
+Schedule(name="name", cron="@daily", payload=Thumbnail("a.png"))  # error: by position
+
+
+def pause_wrongly(session: Session, schedule: Schedule) -> None:
+    pause_schedule(session, schedule)  # error: its name is wanted
+    schedule.window = 60  # error: seconds
