@@ -249,6 +249,26 @@ def test_what_waits_is_given_back_at_once_when_the_worker_is_told_to_stop(
     assert states(held.database) == {"succeeded": 1, "ready": 19}
 
 
+def test_runs_that_block_after_many_quick_ones_have_a_thread_each(row_locks: Database) -> None:
+    """While they are quick one thread takes all; then ten wait for each other, and all the rest for them."""
+    app: JobApp[Any, Any] = JobApp(row_locks.sessions())
+    meeting = threading.Barrier(10)
+    threads: Counter[int] = Counter()
+
+    @app.handler(Quick)
+    def handler(session: Session, payload: Quick) -> None:
+        if payload.n:
+            meeting.wait(20)
+        else:
+            threads[threading.get_ident()] += 1
+
+    for _ in range(3):
+        add(row_locks, *[Quick(0)] * 300, *[Quick(1)] * 10)
+    assert Worker(app, drain=True, concurrency=10).run()
+    assert states(row_locks) == {"succeeded": 930}
+    assert max(threads.values()) > 300
+
+
 def test_a_queue_runs_no_more_at_once_than_it_may(
     row_locks: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

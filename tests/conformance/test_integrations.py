@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -443,6 +444,51 @@ def test_embedded_in_a_thread(database: Database) -> None:
     assert problems == []
     succeeded(database, 2)
     assert notes(database) == ["async", "sync"]
+
+
+def test_nothing_that_a_run_leaves_behind_is_seen_by_the_next_one(sqlite: Database) -> None:
+    """Neither in its session, which may serve several runs, nor, on a loop, in its context."""
+    engine = async_engine(sqlite, DRIVERS["sqlite"][0])
+    app = JobApp(sqlite.sessions(), async_sessionmaker(engine))
+    left: ContextVar[str] = ContextVar("left", default="")
+    seen: list[tuple[object, ...]] = []
+
+    def traces(session: Session) -> tuple[object, ...]:
+        return (
+            session.autoflush,
+            dict(session.info).get("mine"),
+            session.new,
+            hasattr(session, "mine"),
+        )
+
+    def leave(session: Session, how: str) -> None:
+        seen.append(traces(session))
+        if how == "attribute":
+            session.autoflush = False
+        elif how == "another":
+            session.mine = True  # type: ignore[attr-defined]
+        elif how == "info":
+            session.info["mine"] = how
+        elif how == "object":
+            session.add(Effect(note=how))
+
+    @app.handler(Sync)
+    def handle(session: Session, payload: Sync) -> None:
+        leave(session, payload.note)
+
+    @app.handler(Async)
+    async def handle_async(session: AsyncSession, payload: Async) -> None:
+        assert left.get() == ""
+        left.set(payload.note)
+        leave(session.sync_session, payload.note)
+
+    hows = ["", "attribute", "", "another", "info", "", "object", "", ""]
+    add(sqlite, *map(Sync, hows), *map(Async, hows))
+    drain(app)
+    succeeded(sqlite, 18)
+    assert [(flush, info, list(new), mine) for flush, info, new, mine in seen] == [
+        (True, None, [], False)
+    ] * 18
 
 
 def test_leaving_the_block_lets_a_run_finish(database: Database) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from sqlalchemy import event, select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
 from sqlalchemy_jobs import Job, JobApp, Run, WorkerRow, enqueue, job, transitions
 from sqlalchemy_jobs.claims import Claim
 from sqlalchemy_jobs.worker import slots
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.control import Control
-from sqlalchemy_jobs.worker.executors import Supervisor, Threads
+from sqlalchemy_jobs.worker.executors import Opened, Supervisor, Threads
 from sqlalchemy_jobs.worker.leases import Lease, register, unregister
 from sqlalchemy_jobs.worker.loops import Loop
 from sqlalchemy_jobs.worker.maintenance import Maintenance
@@ -945,6 +945,39 @@ def test_one_run_at_a_time_needs_few_threads(pool_of: Callable[..., Pool]) -> No
         pool.start()
         pool.wait_for(1)
     assert len(pool.seen) < 10
+
+
+def test_a_session_is_as_new_only_while_nothing_was_done_with_it(sqlite: Database) -> None:
+    class Counting(Session):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.uses = 0
+
+    def opened(cls: type[Session] = Session) -> Opened:
+        session = sessionmaker(sqlite.engine(), class_=cls)()
+        return Opened(session, session, Session)
+
+    def is_as_new_after(use: Callable[[Session], object]) -> bool:
+        one = opened()
+        use(one.session)
+        as_new = one.is_as_new()
+        one.session.close()
+        return as_new
+
+    assert is_as_new_after(lambda session: session.in_transaction())
+    assert not opened(Counting).is_as_new()
+    uses: list[Callable[[Session], object]] = [
+        lambda session: session.begin(),
+        lambda session: session.execute(select(1)),
+        lambda session: session.add(enqueue(Part())),
+        lambda session: session.info.update(mine=1),
+        lambda session: setattr(session, "expire_on_commit", False),
+        lambda session: setattr(session, "mine", 1),
+        lambda session: session.bind_mapper(Job, sqlite.engine()),
+        lambda session: event.listen(session, "after_commit", never),
+        lambda session: session.close(),
+    ]
+    assert [use for use in uses if is_as_new_after(use)] == []
 
 
 def test_a_handler_that_raises_anything_keeps_its_thread(pool_of: Callable[..., Pool]) -> None:
