@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 from collections.abc import Iterable
@@ -230,6 +231,9 @@ def worker(
             keep_failed=keep_failed,
             drain=drain,
         )
+        # What is loaded stays: the garbage collector need not look through all of it again and again.
+        gc.collect()
+        gc.freeze()
         if line is None:
             for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, lambda number, frame: made.stop())
