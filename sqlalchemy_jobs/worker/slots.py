@@ -116,14 +116,20 @@ class Slots:
 
     def _first_in_turn(self) -> str | None:
         """Return the queue whose first run has waited longest, of the best level of each pool with room."""
+        if len(self._waiting) == 1:  # nearly always
+            [queue] = self._waiting
+            return queue if self._has_room(self._place(queue).pool) else None
         firsts: dict[str, tuple[int, float, str]] = {}
         for queue, waiting in self._waiting.items():
             pool, level, _ = self._place(queue)
-            most = self._pools.concurrency[pool]
-            if most is None or self._by_pool[pool] < most:
+            if self._has_room(pool):
                 turn = (level, waiting[0][0], queue)
                 firsts[pool] = min(firsts.get(pool, turn), turn)
         return min(firsts.values(), key=itemgetter(1))[2] if firsts else None
+
+    def _has_room(self, pool: str) -> bool:
+        most = self._pools.concurrency[pool]
+        return most is None or self._by_pool[pool] < most
 
     def _batch(self, first: Run, handler: Handler, waiting: deque[tuple[float, Run]]) -> Batch:
         """Return it with those of its kind that wait in the same queue: what is there, as long as there is room."""
