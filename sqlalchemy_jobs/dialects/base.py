@@ -479,7 +479,6 @@ class Dialect(ABC):
     def _heads(self) -> Any:
         key, job = limits.c.limit_key, jobs.alias()
         ready = is_limited(job, JobState.READY)
-        head = self._by_limited_index(select(job.c.id), job, "sajobs_job_ordered")
         head = select(job.c.id).where(ready, job.c.limit_key == key).order_by(job.c.id).limit(1)
         head = self._by_limited_index(head, job, "sajobs_job_ordered")
         return self._standing.add_columns(head.scalar_subquery().label("head"))
@@ -566,7 +565,7 @@ class Dialect(ABC):
 
     @cached_property
     def _due_limited(self) -> Any:
-        due = select(*self.claimed, jobs.c.limit_key).where(
+        due: Select[Any] = select(*self.claimed, jobs.c.limit_key).where(
             is_limited(jobs, JobState.READY),
             jobs.c.limit_key == bindparam("of_key"),
             jobs.c.priority == bindparam("of_priority"),
@@ -581,7 +580,7 @@ class Dialect(ABC):
         )
         return self._due_and_wanted(head)
 
-    def _due_and_wanted(self, statement: Select[Any]) -> Any:
+    def _due_and_wanted(self, statement: Any) -> Any:
         must_be_alone = and_(jobs.c.crashes >= ALONE_FROM, jobs.c.kind.not_in(_NEVER_ALONE))
         return (
             statement.where(
