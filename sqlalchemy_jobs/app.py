@@ -340,7 +340,7 @@ class JobApp(Handlers[_S, _A]):
     def known_schedules(self) -> ticks.Known:
         """What this app can make the jobs of. For the worker."""
         kinds = {kind: (each.payload, each.declaration) for kind, each in self._handlers.items()}
-        return ticks.Known(kinds, dict(self._schedules))
+        return ticks.Known(kinds, dict(self._schedules), self.context)
 
     def run_schedule(self, session: Session | scoped_session[Any], name: str, /) -> Job:
         """Add a job of a schedule to ``session``, due at once, and return it.

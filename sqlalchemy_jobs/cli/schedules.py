@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -20,7 +21,8 @@ from sqlalchemy_jobs.errors import ConfigurationError, ScheduleError
 from sqlalchemy_jobs.schedules import cron as crons
 from sqlalchemy_jobs.schedules import manage
 from sqlalchemy_jobs.schedules.rows import Schedule
-from sqlalchemy_jobs.tables import TO_JOB
+from sqlalchemy_jobs.states import WorkerState
+from sqlalchemy_jobs.tables import TO_JOB, workers
 
 
 @click.group(cls=ConfiguredGroup, context_settings=CONTEXT, invoke_without_command=True)
@@ -87,11 +89,16 @@ def run(name: str, modules: tuple[str, ...], url: str | None, app_name: str | No
 def _list(session: Session, ticks: int | None) -> tuple[str, list[str]]:
     now = session.scalar(select(server_now()), bind_arguments=TO_JOB)
     assert now is not None
+    serving = session.scalars(
+        select(workers.c.kinds).where(workers.c.state == WorkerState.ALIVE.value),
+        bind_arguments=TO_JOB,
+    )
+    served = {kind for kinds in serving for kind in kinds or ()}
     rows = session.scalars(select(Schedule).order_by(Schedule.name)).all()
     faults = [f"{row.name}: {row.error}" for row in rows if row.error is not None]
     if ticks is None:
         heading = ["NAME", "CRON", "ZONE", "KIND", "FROM", "STATE", "LAST", "NEXT"]
-        return in_columns([heading, *(_line(row, now) for row in rows)]), faults
+        return in_columns([heading, *(_line(row, now, served) for row in rows)]), faults
     every: list[list[object]] = [
         [row.name if number == 0 else "", tick]
         for row in rows
@@ -100,8 +107,12 @@ def _list(session: Session, ticks: int | None) -> tuple[str, list[str]]:
     return in_columns([["NAME", "NEXT"], *every]), faults
 
 
-def _line(row: Schedule, now: datetime) -> list[object]:
-    state = "wrong" if row.error is not None else "paused" if row.paused else "on"
+def _line(row: Schedule, now: datetime, served: Collection[str]) -> list[object]:
+    state = "on" if row.kind in served else "unserved"
+    if row.error is not None:
+        state = "wrong"
+    elif row.paused:
+        state = "paused"
     return [
         row.name,
         row.cron,

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -53,6 +55,8 @@ class Known:
 
     kinds: Kinds
     declared: Mapping[str, Declared]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Entered around the application's functions."""
 
     def has(self, row: Any) -> bool:
         """Tell whether a row is one of them: of the code's only those that are as the own code has them."""
@@ -137,11 +141,16 @@ def broken(firing: Firing, error: Exception) -> Firing:
 
 def _maker(row: Any, known: Known) -> Callable[[datetime], Payload]:
     if row.in_code:
-        return known.declared[row.name].payload
+        return partial(_made_by_code, known, row.name)
     checked_options(row.options or {})
     cls, declaration = known.kinds[row.kind]
     payload = decode(cls, json.dumps(row.payload), declaration.upgrade)
     return lambda tick: payload
+
+
+def _made_by_code(known: Known, name: str, tick: datetime) -> Payload:
+    with known.context():
+        return known.declared[name].payload(tick)
 
 
 def _grace(rule: Rule, tick: datetime) -> timedelta:

@@ -95,4 +95,5 @@ class Scheduler:
             )
             if done:
                 log.info("schedules of the code: %s", ", ".join(done))
-        self._next_sync = time.monotonic() + LISTENING_LOOK
+        again = LISTENING_LOOK if self._known.declared else math.inf
+        self._next_sync = time.monotonic() + again

@@ -698,6 +698,16 @@ def test_a_worker_runs_each_tick_on_time_and_tells_the_handler(scene: Scene) -> 
     assert sorted(late)[len(late) // 2] < timedelta(seconds=2)
 
 
+def test_a_worker_that_drains_ends_when_no_tick_is_due(scene: Scene) -> None:
+    app = app_of(scene)
+    scene.add(Schedule("report", "@hourly", Note(), catch_up="once"))
+    scene.fire()
+    tick = scene.make_due("report", ago=DAY / 2)
+    app.worker(drain=True).run()
+    (made,) = scene.jobs()
+    assert made.state == "succeeded" and made.scheduled_at is not None and made.scheduled_at >= tick
+
+
 def test_a_worker_is_told_of_a_new_schedule_by_the_server(postgresql: Database) -> None:
     """Added by another process, whose commit wakes nobody here: without the bell it would take a minute."""
     scene = Scene(postgresql)
@@ -867,7 +877,7 @@ def test_the_command_lists_pauses_resumes_and_runs(
     vars(module)["jobs"] = app
     monkeypatch.setitem(sys.modules, module.__name__, module)
     scene.add(Schedule("row", "@every 30d", Note()), Schedule("wrong", "@daily", Note()))
-    start(scene, app)
+    lease = start(scene, app)
     scene.set("wrong", cron="nonsense", next_tick=None)
     scene.fire()
 
@@ -906,6 +916,9 @@ def test_the_command_lists_pauses_resumes_and_runs(
     assert command("resume", "row")[:2] == (0, "row: resumed\n")
     assert command("run", "row")[1].startswith("row: added job ")
     assert len(scene.jobs()) == 1
+    with scene.sessions.begin() as session:
+        leases.unregister(session, lease.worker_id)
+    assert " unserved " in command()[1].splitlines()[2]
     assert command("pause", "no")[::2] == (1, 'Error: there is no schedule "no"\n')
     status, _, said = command("run", "row", of=f"--database-url={url}")
     assert status == 2 and "name it by --app" in said
