@@ -197,7 +197,8 @@ class Claimer:
         self._was_ahead = bool(ahead)
         began_at, marked = time.monotonic(), self._marks != self._starts
         # Woken from its sleep: most likely there is another job like the last ones.
-        guesses = began_at < self._asleep_until and bool(self._last_lanes)
+        may_guess = bool(self._last_lanes) and not self._pools.has_levels
+        guesses = may_guess and began_at < self._asleep_until
         self._asleep_until = 0.0
         self._limited_first = not self._limited_first
         half = (free + self._limited_first) // 2 if self._lanes else free

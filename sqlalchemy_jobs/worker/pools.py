@@ -52,6 +52,11 @@ class Pools:
         served = [each for each in self._places if is_served(each)]
         return served if all(map(is_name, served)) else []
 
+    @property
+    def has_levels(self) -> bool:
+        """Whether some queues come strictly before others."""
+        return any(place and place.level for place in self._places.values())
+
     def place(self, queue: str) -> Place | None:
         """Return where a queue stands; None: it is not served."""
         if queue not in self._known:

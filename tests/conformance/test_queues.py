@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import Engine, event, func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqlalchemy_jobs import (
@@ -38,6 +38,7 @@ from sqlalchemy_jobs.claims import Claim, Wanted
 from sqlalchemy_jobs.errors import ControlError
 from sqlalchemy_jobs.queues import QueueOptions
 from sqlalchemy_jobs.worker import claiming
+from sqlalchemy_jobs.worker.claiming import Claimer
 from sqlalchemy_jobs.worker.maintenance import find_unserved
 from tests.conformance.test_poison import until
 from tests.conformance.test_transitions import Bench
@@ -147,6 +148,28 @@ def test_of_a_strict_pool_the_lower_queue_waits_until_the_better_one_is_empty(
     app = App(database)
     assert Worker(app, queues={"critical>default>bulk": 1}, drain=True).run()
     assert app.ran == ["critical"] * 30 + ["default"] * 30 + ["bulk"] * 30
+
+
+def test_of_a_strict_pool_a_worker_that_was_idle_begins_with_the_better_queue(
+    database: Database,
+) -> None:
+    """Although its last jobs were those of the other one."""
+    app = App(database)
+    with app.worker(queues={"critical>default": 1}) as worker:
+        for round_ in (1, 2):
+            add(database, 1, "default")
+            until(lambda count=3 * round_ - 2: len(app.ran) == count)
+            until(lambda: worker._parts is not None and _sleeps(worker._parts._claimer))
+            with database.sessions().begin() as session:
+                for queue in ("default", "critical"):
+                    session.add(enqueue(Errand(), queue=queue))
+            until(lambda count=3 * round_: len(app.ran) == count)
+    assert app.ran == ["default", "critical", "default"] * 2
+
+
+def _sleeps(claimer: Claimer) -> bool:
+    """Whether it has found nothing for so long that it takes what wakes it for the same as the last time."""
+    return claimer._asleep_until > time.monotonic() + 0.2
 
 
 @pytest.mark.usefixtures("one_by_one")
@@ -337,6 +360,24 @@ def test_a_backlog_of_a_paused_kind_is_not_read_by_each_claim(
     first = bench.job(ids[0])
     assert not app.ran
     assert all(each.marks["default", 0] >= (first.run_at, first.id) for each in wanted)
+
+
+def test_an_idle_worker_does_not_read_what_holds_for_queues(database: Database) -> None:
+    """But for its first claim: nothing could begin anyway."""
+    sent: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if connection.engine.url.database == database.url.database:
+            sent.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        with App(database).worker(poll_interval=timedelta(seconds=0.02), listen=False) as worker:
+            until(lambda: worker._parts is not None and worker._parts._claimer._idle_polls > 60)
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert sum("FROM sajobs_job" in each for each in sent) > 60
+    assert sum("FROM sajobs_queue" in each for each in sent) == 1
 
 
 @pytest.mark.parametrize("name", ["", "mail.*", "!mail", "x" * 101, None])
