@@ -565,7 +565,8 @@ class Dialect(ABC):
 
     @cached_property
     def _due_limited(self) -> Any:
-        due: Select[Any] = select(*self.claimed, jobs.c.limit_key).where(
+        due: Any = select(*self.claimed, jobs.c.limit_key)
+        due = due.where(
             is_limited(jobs, JobState.READY),
             jobs.c.limit_key == bindparam("of_key"),
             jobs.c.priority == bindparam("of_priority"),
