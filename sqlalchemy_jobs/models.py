@@ -90,13 +90,14 @@ class Job(Base):
             **_where("limit_key IS NOT NULL AND state IN ('ready', 'running')"),
         ),
         Index("sajobs_job_running", "worker_id", **_where("state = 'running'")),
-        # The oldest job of an ordered key that is not final.
+        # The oldest job of an ordered key that is not final. Its predicate is another one, or PostgreSQL would take it for
+        # the one above when its statistics say that both are empty, and sort.
         Index(
             "sajobs_job_ordered",
             "limit_key",
             "state",
             "id",
-            **_where("limit_key IS NOT NULL AND state IN ('ready', 'running')"),
+            **_where("limit_key > '' AND state IN ('ready', 'running')"),
         ),
         # Pruning, by the age that each kind is kept for.
         Index(

@@ -478,7 +478,8 @@ class Dialect(ABC):
     @cached_property
     def _heads(self) -> Any:
         key, job = limits.c.limit_key, jobs.alias()
-        ready = is_limited(job, JobState.READY)
+        # The last condition is that of the index of ordered keys.
+        ready = and_(is_limited(job, JobState.READY), job.c.limit_key > literal_column("''"))
         head = select(job.c.id).where(ready, job.c.limit_key == key).order_by(job.c.id).limit(1)
         head = self._by_limited_index(head, job, "sajobs_job_ordered")
         return self._standing.add_columns(head.scalar_subquery().label("head"))

@@ -97,29 +97,32 @@ SELECT queue, priority, CAST(extract(epoch FROM run_at - clock_timestamp()) AS f
 FROM lane
 """
 
-# The same, by key, queue and priority. What an empty statistic makes of a longer ORDER BY is a sort of all keys.
+# The same, by key, queue and priority. LIMIT 1 keeps the planner from joining with all jobs, which it takes for none when
+# it has last seen an empty table; of what is running it would then read all, but for a condition that it sees nothing in.
 _LIMITED_LANES = """
-WITH RECURSIVE lane (id, number) AS (
-  SELECT {first_of_key_behind_after}, 1
+WITH RECURSIVE lane (number, limit_key, queue, priority, run_at, kind, crashes) AS (
+  (SELECT 1, limit_key, queue, priority, run_at, kind, crashes FROM {jobs}
+   WHERE id = {first_of_key_behind_after} LIMIT 1)
   UNION ALL
-  SELECT coalesce(
-    (SELECT id FROM {jobs} job
-     WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key = here.limit_key
-       AND queue = here.queue AND priority > here.priority ORDER BY priority, run_at, id LIMIT 1),
-    (SELECT id FROM {jobs} job
-     WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key = here.limit_key
-       AND queue > here.queue ORDER BY queue, priority, run_at, id LIMIT 1),
-    {first_of_key_behind_here}), number + 1
-  FROM lane JOIN {jobs} here ON here.id = lane.id
-  WHERE number < :most
+  SELECT here.number + 1, next.limit_key, next.queue, next.priority, next.run_at, next.kind, next.crashes
+  FROM lane here CROSS JOIN LATERAL (
+    SELECT * FROM {jobs} WHERE id = coalesce(
+      (SELECT id FROM {jobs} job
+       WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key = here.limit_key
+         AND queue = here.queue AND priority > here.priority ORDER BY priority, run_at, id LIMIT 1),
+      (SELECT id FROM {jobs} job
+       WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key = here.limit_key
+         AND queue > here.queue ORDER BY queue, priority, run_at, id LIMIT 1),
+      {first_of_key_behind_here}) LIMIT 1) next
+  WHERE here.number < :most
 )
-SELECT first.limit_key, first.queue, first.priority,
-  CAST(extract(epoch FROM first.run_at - clock_timestamp()) AS float8) AS due, first.kind, first.crashes,
-  (SELECT count(*) FROM {jobs} job
-   WHERE state = 'running' AND limit_key IS NOT NULL AND limit_key = first.limit_key) AS running,
+SELECT lane.limit_key, queue, priority,
+  CAST(extract(epoch FROM run_at - clock_timestamp()) AS float8) AS due, kind, crashes,
+  (SELECT count(*) FROM {jobs} job WHERE job.limit_key = lane.limit_key AND {is_running}) AS running,
   CAST(coalesce(extract(epoch FROM known.next_at - clock_timestamp()), 0) AS float8) AS opens,
   known.limit_key IS NOT NULL AS is_known
-FROM lane JOIN {jobs} first ON first.id = lane.id LEFT JOIN {limits} known ON known.limit_key = first.limit_key
+FROM lane LEFT JOIN {limits} known ON known.limit_key = lane.limit_key
+ORDER BY lane.number
 """
 _FIRST_OF_KEY_BEHIND = """(SELECT id FROM {jobs} job
      WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key = (
@@ -188,8 +191,7 @@ WHERE id = ANY (ARRAY(
     FROM limited
     CROSS JOIN LATERAL (
       SELECT least(limited.most, CASE WHEN limited.allowed IS NOT NULL THEN greatest(0, limited.allowed - (
-        SELECT count(*) FROM {jobs} other
-        WHERE other.state = 'running' AND other.limit_key IS NOT NULL AND other.limit_key = limited.limit_key)) END) AS room
+        SELECT count(*) FROM {jobs} job WHERE job.limit_key = limited.limit_key AND {is_running})) END) AS room
     ) free
     CROSS JOIN LATERAL (
       SELECT job.id
@@ -357,6 +359,7 @@ def _in_schema(statement: str, schema: str | None) -> str:
         workers=prefix + workers.name,
         limits=prefix + limits.name,
         claimed=_CLAIMED,
+        is_running="job.limit_key IS NOT NULL AND job.state IN ('ready', 'running') AND job.state > 'ready'",
         running=JobState.RUNNING.bit,
         alone_from=ALONE_FROM,
         first_id=uuid.UUID(int=0),

@@ -35,7 +35,7 @@ def upgrade(op: Steps) -> None:
         "sajobs_job_ordered",
         "sajobs_job",
         ["limit_key", "state", "id"],
-        **_where("limit_key IS NOT NULL AND state IN ('ready', 'running')"),
+        **_where("limit_key > '' AND state IN ('ready', 'running')"),
     )
     op.create_table(
         "sajobs_queue",

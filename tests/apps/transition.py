@@ -18,11 +18,12 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy import Engine, create_engine, event, select, update
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import WorkerRow, cancel, dialects, requeue, sqlite, transitions
-from sqlalchemy_jobs.claims import Claim, Wanted
+from sqlalchemy_jobs import Job, WorkerRow, cancel, dialects, requeue, sqlite, transitions
+from sqlalchemy_jobs.claims import Claim, LimitedKey, Wanted
+from sqlalchemy_jobs.limits import Numbers, Rate, key_of_queue
 from sqlalchemy_jobs.transitions import Failure
 from tests.domain import Effect
 
@@ -43,6 +44,23 @@ def claim_due(session: Session, claim: Claim) -> Any:
     return transitions.claim(session, Wanted(claim.worker_id, ["note"], lanes, {"default": 1}, 1))
 
 
+NUMBERS = Numbers(concurrency=1, rate=Rate(1, timedelta(minutes=1)))
+
+
+def claim_limited(session: Session, claim: Claim) -> Any:
+    session.execute(update(Job).where(Job.id == claim.job_id).values(limit_key="note"))
+    transitions.add_keys(session, ["note"])
+    wanted = Wanted(claim.worker_id, ["note"], (), {"default": 1}, 1)
+    key = LimitedKey("note", "default", [0], NUMBERS, 1)
+    return transitions.claim_limited(session, wanted, [key])
+
+
+def claim_queue(session: Session, claim: Claim) -> Any:
+    transitions.add_keys(session, [key_of_queue("default")])
+    wanted = Wanted(claim.worker_id, ["note"], [("default", 0)], {"default": 1}, 1)
+    return transitions.claim_queue(session, wanted, "default", NUMBERS, [])
+
+
 def rescue(session: Session, claim: Claim) -> Any:
     seen = session.scalars(
         select(WorkerRow.heartbeat_at).where(WorkerRow.id == claim.worker_id)
@@ -52,6 +70,8 @@ def rescue(session: Session, claim: Claim) -> Any:
 
 TRANSITIONS: dict[str, Callable[[Session, Claim], Any]] = {
     "claim": claim_due,
+    "claim_limited": claim_limited,
+    "claim_queue": claim_queue,
     "complete": with_effect(transitions.complete),
     "complete_many": lambda session, claim: transitions.complete_many(session, [claim]),
     "snooze": with_effect(

@@ -25,7 +25,7 @@ from tests.domain import Effect
 from tests.processes import ROOT
 from tests.proxy import Proxy, When
 
-FROM_READY = {"claim"}
+FROM_READY = {"claim", "claim_limited", "claim_queue"}
 FROM_FINAL = {"requeue"}
 
 

@@ -1,18 +1,27 @@
 """The claim goes through its index on every database, whatever lies beside the due jobs."""
 
-from dataclasses import replace
-from datetime import timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text, update
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import Job, dialects, enqueue_many, transitions
-from sqlalchemy_jobs.claims import Wanted
+from sqlalchemy_jobs import Job, Limit, dialects, enqueue_many, job, transitions
+from sqlalchemy_jobs.claims import LimitedKey, Wanted
+from sqlalchemy_jobs.limits import Numbers
 from sqlalchemy_jobs.worker import leases
 from tests.conformance.test_transitions import Note
 from tests.databases import Database
+
+
+@job("keyed", limit=Limit(concurrency=1, key="key"))
+@dataclass(frozen=True)
+class Keyed:
+    key: str
+    n: int
+
 
 INDEX = {
     "postgresql": "sajobs_job_ready",
@@ -153,3 +162,55 @@ def _fill(session: Session) -> None:
     for options in ({}, {"delay": timedelta(hours=1), "priority": -1}, {"queue": "other"}):
         enqueue_many(session, notes, **options)  # type: ignore[arg-type]
     session.execute(update(Job).where(Job.queue == "other").values(state="succeeded"))
+
+
+@pytest.mark.parametrize("statistics", ["none", "of an empty table", "of this one"])
+def test_what_counts_against_limits_is_looked_for_and_claimed_through_its_indexes(
+    database: Database, statistics: str
+) -> None:
+    """Whatever lies beside it: blocked keys, jobs for later, jobs that have ended."""
+    sent: dict[str, Any] = {}
+    analyse = text(f"ANALYZE {'TABLE' * (database.name == 'mysql')} sajobs_job")
+    with Session(database.engine()) as session:
+        if statistics == "of an empty table":
+            session.execute(analyse)
+        hot = [Keyed("hot", n) for n in range(2000)]
+        due = [*hot, *(Keyed(f"k{n % 40}", n) for n in range(2000))]
+        enqueue_many(session, due, run_at=datetime.now(UTC) - timedelta(minutes=1))
+        enqueue_many(session, hot, delay=timedelta(hours=1), priority=-1)
+        enqueue_many(session, [Keyed("old", n) for n in range(2000)])
+        session.execute(update(Job).where(Job.limit_key == "keyed/old").values(state="succeeded"))
+        if statistics == "of this one":
+            session.execute(analyse)
+        worker = leases.register(session, timedelta(minutes=5))
+        connection = session.connection()
+        event.listen(
+            connection,
+            "before_cursor_execute",
+            lambda _, cursor, sql, values, context, many: sent.setdefault(sql, values),
+        )
+        dialect = dialects.of(session)
+        lanes = dialect.limited_lanes(session, "", 200)
+        assert len(lanes) == 42 and lanes[0].due > 0 and lanes[1].due <= 0
+        keys = [each.key for each in lanes]
+        transitions.add_keys(session, keys)
+        wanted = Wanted(worker, ["keyed"], (), {"default": 60}, 60)
+        for numbers in (Numbers(concurrency=1), Numbers(concurrency=1, ordered=True)):
+            of_keys = [LimitedKey(key, "default", [-1, 0], numbers, 2) for key in sorted({*keys})]
+            claimed = transitions.claim_limited(session, wanted, of_keys)
+            assert len(claimed) == (0 if numbers.ordered else 41)
+        assert len(dialect.ordered_heads(session, ["keyed/hot", "keyed/k1"])) == 2
+        assert dialect.running_in(session, "default") == 41
+        explain = "EXPLAIN QUERY PLAN" if database.name == "sqlite" else "EXPLAIN"
+        for sql, values in list(sent.items()):
+            if "sajobs_job" in sql and not sql.startswith("INSERT"):
+                plan = connection.exec_driver_sql(f"{explain} {sql}", values).all()
+                said = "\n".join(str(row) for row in plan)
+                for scan in (
+                    "Seq Scan on sajobs_job",
+                    "SCAN sajobs_job",
+                    "filesort",
+                    "TEMP B-TREE",
+                ):
+                    assert scan not in said, f"{sql}\n{said}"
+                assert "Sort Key" not in said.replace("Sort Key: lane.number", ""), said

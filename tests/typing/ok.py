@@ -28,6 +28,7 @@ from sqlalchemy_jobs import (
     Job,
     JobApp,
     JobState,
+    Limit,
     Retry,
     Run,
     Schedule,
@@ -329,6 +330,22 @@ def look(session: Session) -> list[str | None]:
         assert_type(each.run_at, datetime)
         assert_type(each.attempts, list[Attempt])
     return list(session.scalars(select(Attempt.message)))
+
+
+# --- limits -----------------------------------------------------------------------------------------
+
+
+@job("limited", limit=Limit(concurrency=3, rate="100/minute", key="page", name="pages"))
+@dataclass
+class Limited:
+    page: str
+
+
+@job("in_order", limit=Limit(key=("page", "part"), ordered=True))
+@dataclass
+class InOrder:
+    page: str
+    part: int
 
 
 # --- unique jobs, cancelling ------------------------------------------------------------------------

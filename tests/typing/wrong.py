@@ -15,6 +15,7 @@ from sqlalchemy_jobs import (
     Handlers,
     Job,
     JobApp,
+    Limit,
     Retry,
     Run,
     Schedule,
@@ -47,6 +48,12 @@ class Thumbnail:
 class NoFields:
     path: str = ""
 
+
+Limit(3)  # error: by name only
+Limit(concurrency="3")  # error: a number
+Limit(rate=100)  # error: a string
+Limit(concurrency=1, key=["page", 7])  # error: names of fields
+job("k", limit=3)  # error: a Limit
 
 both = JobApp(sessionmaker(), async_sessionmaker())
 sync_only = JobApp(sessionmaker())
