@@ -188,7 +188,7 @@ def _job(firing: Firing, tick: datetime, payload: Payload) -> Job:
     options["headers"] = {**options.get("headers", {}), SCHEDULE_HEADER: firing.row.name}
     job = enqueue(payload, run_at=tick, **options)
     job.scheduled_at = tick
-    if vars(job).get(ON_CONFLICT) == "raise":  # to whom? The other one is this tick's job too
+    if vars(job).get(ON_CONFLICT) == "raise":  # nobody hears it; that one does for this tick
         del vars(job)[ON_CONFLICT]
     return job
 
