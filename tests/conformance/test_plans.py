@@ -149,7 +149,7 @@ def test_a_burst_that_the_statistics_know_nothing_of_is_no_surprise(
 
 
 _READ = text(
-    "SELECT seq_scan, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'sajobs_job'"
+    "SELECT seq_scan, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relid = to_regclass('sajobs_job')"
 )
 
 
