@@ -595,7 +595,7 @@ def test_too_many_hanging_threads_take_slots_away_until_they_come_back(
             assert parts is not None
             until(lambda: parts.slots.is_idle())
             app.add(Quick())
-            assert parts.slots.room(["default"]) == (0, {})
+            assert parts.slots.room() == (0, {})
             assert len(running) == 2 and not done.is_set()
             hang.let_go()
             assert done.wait(20)
