@@ -378,10 +378,10 @@ class Threads:
     def _add_thread(self) -> None:
         if self._count >= self._most:
             return
-        name = f"sajobs-handler-{self._count + 1}"
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
         if self._most > 1:
             self._watch.start()
+        name = f"sajobs-handler-{self._count + 1}"
+        threading.Thread(target=self._serve, name=name, daemon=True).start()
         # Not counted when it could not be started.
         self._count += 1
         self._idle += 1
