@@ -259,7 +259,7 @@ def test_a_claim_whose_reply_is_lost_is_given_back(
     if row_locks.name == "mysql":
         proxy.cut_commit("UPDATE sajobs_job SET state", when)
     else:  # it commits by itself
-        proxy.cut_commit("SKIP LOCKED", when, by="SKIP LOCKED")
+        proxy.cut_commit("WITH wanted", when, by="WITH wanted")
     with app.worker(lease=timedelta(minutes=5)):
         assert proxy.cuts.acquire(timeout=20)
         outcome.wait_for(succeeded=1)
