@@ -27,7 +27,9 @@ from benchmarks.common import (
 from sqlalchemy_jobs import Job, JobState, enqueue
 from sqlalchemy_jobs.worker import leases
 
-SLOTS = ("--concurrency", "10")
+SLOTS = 10
+MANY_SLOTS = 100
+"""Jobs with a limit are claimed for free slots only: so many at a time."""
 
 
 def fill_blocked(database: Database, count: int) -> None:
@@ -49,14 +51,22 @@ def others(database: Database, count: int) -> float:
         connection.execute(delete(Job).where(Job.state == JobState.SUCCEEDED))
     database.fill([Noop(n) for n in range(count)])
     database.settle()
-    return drain(worker(database, *SLOTS, count=count), count, lambda: False).rate
+    return drain(worker(database, *slots(SLOTS), count=count), count, lambda: False).rate
 
 
-def limited(database: Database, count: int, payload: Callable[[int], object]) -> float:
+def slots(count: int) -> tuple[str, str]:
+    return "--concurrency", str(count)
+
+
+def limited(
+    database: Database, count: int, at_once: int, payload: Callable[[int], object]
+) -> float:
     database.empty()
     database.fill(map(payload, range(count)))
     database.settle()
-    return drain(worker(database, "--drain", *SLOTS, count=count), count, database.left).rate
+    return drain(
+        worker(database, "--drain", *slots(at_once), count=count), count, database.left
+    ).rate
 
 
 def blocked(options: Options, server: URL) -> Results:
@@ -76,7 +86,7 @@ def blocked(options: Options, server: URL) -> Results:
     return table
 
 
-def unbound(options: Options, server: URL) -> Results:
+def unbound(options: Options, server: URL, at_once: int, wanted: float | None) -> Results:
     count = options.size(10_000, 300)
     payloads: dict[str, Callable[[int], object]] = {
         f"{keys:,} {'key' if keys == 1 else 'keys'}": lambda n, keys=keys: Limited(  # type: ignore[misc]
@@ -88,24 +98,25 @@ def unbound(options: Options, server: URL) -> Results:
         measured = alternate(
             options.rounds,
             {
-                name: partial(limited, ours, count, payload)
+                name: partial(limited, ours, count, at_once, payload)
                 for name, payload in {"no limit": Noop, **payloads}.items()
             },
         )
         table = Results(
-            f"limits: drain {count:,} no-op jobs with a limit that does not bind",
-            "One worker with 10 slots, against the same jobs without a limit.",
+            f"limits: drain {count:,} no-op jobs with a limit that does not bind, {at_once} at once",
+            "By one worker, against the same jobs without a limit.",
             machine(options, ours.engine, "psycopg"),
         )
     for name in payloads:
-        table.compare(name, measured[name], measured["no limit"], "/s", wanted=0.5)
+        table.compare(name, measured[name], measured["no limit"], "/s", wanted=wanted)
     return table
 
 
 def answer(options: Options) -> Iterator[Results]:
     with postgresql(options) as server:
         yield blocked(options, server)
-        yield unbound(options, server)
+        yield unbound(options, server, MANY_SLOTS, 0.5)
+        yield unbound(options, server, SLOTS, None)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ LANES = 200
 LOOKS = 5
 """How many times in a row it looks on when all keys were blocked; then the other jobs have their turn."""
 KEYS = 50
-"""How many keys one claim locks at most."""
+"""How many keys one claim locks at most, unless it may bring a job of each of more."""
 SWEEP = 1.0
 """Seconds for which a busy worker may miss a key that is new, or that another worker has made free."""
 LOOKS_SHARE = 20
@@ -265,7 +265,7 @@ class Limiting:
         total = min(wanted.total, free)
         picked: dict[str, LimitedKey] = {}
         for where, each in list(keys.items()):
-            if len(picked) == KEYS:
+            if len(picked) == max(KEYS, total):
                 break
             if each.queue in pools and each.key not in picked:
                 picked[each.key] = keys.pop(where)
@@ -302,7 +302,8 @@ class Limiting:
             self._ours.update((claim.job_id, key.key) for claim in claims)
         if allowed is not None and self._running[key.key] >= allowed:
             self._blocked.setdefault(key.key, []).append(key)
-        elif not had_room or len(claims) == most:
+        elif not had_room or (len(claims) == most and (most > 1 or not self._cursor)):
+            # Where there are more keys than could be looked at, one that had its only job waits for the next round.
             self._open[key.key, key.queue] = key
             if not claims:  # it had no turn
                 self._open.move_to_end((key.key, key.queue), last=False)
