@@ -44,7 +44,7 @@ def claim_due(session: Session, claim: Claim) -> Any:
     return transitions.claim(session, Wanted(claim.worker_id, ["note"], lanes, {"default": 1}, 1))
 
 
-NUMBERS = Numbers(concurrency=1, rate=Rate(1, timedelta(minutes=1)))
+NUMBERS = Numbers(concurrency=1, rate=Rate(1000, timedelta(minutes=1)))
 
 
 def claim_limited(session: Session, claim: Claim) -> Any:
