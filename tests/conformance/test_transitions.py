@@ -1,5 +1,6 @@
 """Every transition is guarded: it moves a job only for the run, or the worker, that owns it."""
 
+import json
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from sqlalchemy import Engine, delete, select, update
 from sqlalchemy.orm import Session
 
@@ -173,10 +175,10 @@ def test_nobody_else_moves_it(bench: Bench, name: str) -> None:
     move = transitions.discard if name == "discard" else BY_A_RUN[name][0]
     claim = bench.claimed()
     for stranger in (
-        claim._replace(attempt=2),
-        claim._replace(attempt=0),
-        claim._replace(worker_id=uuid.uuid4()),
-        claim._replace(job_id=uuid.uuid4()),
+        replace(claim, attempt=2),
+        replace(claim, attempt=0),
+        replace(claim, worker_id=uuid.uuid4()),
+        replace(claim, job_id=uuid.uuid4()),
     ):
         assert bench.do(lambda session, c=stranger: move(session, c)) is False  # type: ignore[misc]
     assert bench.job(claim.job_id).state == JobState.RUNNING
@@ -234,7 +236,10 @@ def test_a_claim_carries_what_a_run_needs(bench: Bench) -> None:
     (job_id,) = bench.add(Note("ä"), headers={"trace": "1"}, max_attempts=3)
     worker = bench.worker()
     (claim,) = bench.claim(worker)
-    assert claim[:9] == (job_id, 1, worker, "note", "default", {"text": "ä"}, 0, 3, {"trace": "1"})
+    assert replace(claim, payload="", run_at=None) == Claim(
+        job_id, 1, worker, "note", "default", "", 0, 3, {"trace": "1"}
+    )
+    assert json.loads(claim.payload) == {"text": "ä"}
     row = bench.job(job_id)
     assert (row.state, row.worker_id, row.attempt) == (JobState.RUNNING, worker, 1)
     assert row.started_at is not None
