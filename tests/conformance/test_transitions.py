@@ -194,7 +194,7 @@ def test_discarding_deletes_what_is_owned_with_its_attempts_and_nothing_else(ben
     for claim in bench.claim(bench.worker()):
         bench.do(lambda session, c=claim: transitions.snooze(session, c, delay=timedelta(0)))  # type: ignore[misc]
     one, other, *many = bench.claim(bench.worker())
-    strange = many[0]._replace(attempt=1)
+    strange = replace(many[0], attempt=1)
 
     assert bench.do(lambda session: transitions.discard(session, one)) is True
     assert bench.do(lambda session: transitions.discard(session, one)) is False
