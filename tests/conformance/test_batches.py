@@ -37,7 +37,7 @@ from sqlalchemy_jobs import (
     transitions,
 )
 from sqlalchemy_jobs.claims import Claim, Wanted
-from sqlalchemy_jobs.worker import claiming
+from sqlalchemy_jobs.worker import filling
 from sqlalchemy_jobs.worker.availability import Availability
 from sqlalchemy_jobs.worker.control import Control
 from tests.conformance.test_exactly_once import Outcome, declare_one_dead, effects_app
@@ -127,7 +127,7 @@ class App:
 @pytest.fixture(autouse=True)
 def always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have batches filled however slow the machine is."""
-    monkeypatch.setattr(claiming, "FILL_WORTH", math.inf)
+    monkeypatch.setattr(filling, "FILL_WORTH", math.inf)
 
 
 @pytest.fixture
@@ -199,8 +199,8 @@ def test_a_claim_that_was_not_worth_it_is_not_made_again_at_once(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To fill a batch it may have walked past a long backlog of other kinds."""
-    monkeypatch.setattr(claiming, "FILL_WORTH", -1)
-    monkeypatch.setattr(claiming, "FILL_REST", 1e9)
+    monkeypatch.setattr(filling, "FILL_WORTH", -1)
+    monkeypatch.setattr(filling, "FILL_REST", 1e9)
     app.handle(write)
     with app.jobs.worker(concurrency=1):
         app.add(*(Item(n) for n in range(3)))

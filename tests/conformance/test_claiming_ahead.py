@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,12 +16,10 @@ from sqlalchemy.orm import Session, defer
 
 from sqlalchemy_jobs import Attempt, Job, JobApp, JobState, Worker, enqueue_many, job, transitions
 from sqlalchemy_jobs.claims import Claim, Wanted
-from sqlalchemy_jobs.worker import claiming
-from sqlalchemy_jobs.worker.claiming import Claimer
+from sqlalchemy_jobs.worker import claiming, lanes, reconciling, speed
+from sqlalchemy_jobs.worker.controls import Controls
+from sqlalchemy_jobs.worker.lanes import Lanes
 from sqlalchemy_jobs.worker.pools import Pools
-from sqlalchemy_jobs.worker.settings import Settings
-from sqlalchemy_jobs.worker.slots import Slots
-from sqlalchemy_jobs.worker.wakeup import Wakeup
 from tests.conformance.test_poison import until
 from tests.conformance.test_transitions import Bench
 from tests.databases import Database
@@ -57,7 +55,7 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Wanted, list[Claim]]]:
 @pytest.fixture
 def always_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have workers believe that every handler is quick."""
-    monkeypatch.setattr(claiming.Speed, "ahead", lambda self: {"*": 40})
+    monkeypatch.setattr(speed.Speed, "ahead", lambda self: {"*": 40})
 
 
 def states(database: Database) -> Counter[str]:
@@ -272,7 +270,7 @@ def test_runs_that_block_after_many_quick_ones_have_a_thread_each(row_locks: Dat
 def test_a_queue_runs_no_more_at_once_than_it_may(
     row_locks: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claiming.Speed, "ahead", lambda self: {"mail": 30, "default": 30})
+    monkeypatch.setattr(speed.Speed, "ahead", lambda self: {"mail": 30, "default": 30})
     app: JobApp[Any, Any] = JobApp(row_locks.sessions())
     running: Counter[str] = Counter()
     most: Counter[str] = Counter()
@@ -335,8 +333,8 @@ def test_what_was_claimed_by_a_claim_that_raised_is_given_back_at_once(
         return claims
 
     monkeypatch.setattr(transitions, "claim", once)
-    monkeypatch.setattr(claiming, "RECONCILE", 3600.0)
-    monkeypatch.setattr(claiming, "IDLE_RECONCILE", 3600.0)
+    monkeypatch.setattr(reconciling, "RECONCILE", 3600.0)
+    monkeypatch.setattr(reconciling, "IDLE_RECONCILE", 3600.0)
     app: JobApp[Any, Any] = JobApp(database.sessions())
     app.handler(Quick)(lambda session, payload: None)
     with app.worker(concurrency=1):
@@ -368,25 +366,10 @@ def test_what_waits_does_not_begin_on_a_lease_that_cannot_be_renewed(
         until(lambda: states(row_locks) == {"succeeded": 20})
 
 
-def test_a_slow_look_does_not_hide_a_new_lane_for_long(sqlite: Database) -> None:
+def test_a_slow_look_does_not_hide_a_new_lane_for_long() -> None:
     """Under full load; what came of one slow look was twenty times as long."""
-    bench = AheadBench(sqlite)
-    settings = Settings()
-    claimer = Claimer(
-        bench.control,
-        cast(Any, None),
-        Slots(1, Pools({}), lambda: None),
-        {},
-        settings,
-        Wakeup(1.0, lambda: None),
-        lambda: None,
-        lambda runs: None,
-        lambda: None,
-        cast(Any, None),
-        cast(Any, None),
-    )
+    known = Lanes(Pools({}), Controls({}), lambda session: None)
     now = time.monotonic()
     first = Claim(uuid.uuid4(), 1, uuid.uuid4(), queue="default", run_at=datetime.now(UTC))
-    claimer._mark([first], now - 3600)
-    assert claimer._sweep_at <= time.monotonic() + claiming.LONGEST_SWEEP
-    bench.control.close()
+    known.mark([first], now - 3600)
+    assert known._sweep_at <= time.monotonic() + lanes.LONGEST_SWEEP

@@ -37,7 +37,7 @@ from sqlalchemy_jobs import (
 from sqlalchemy_jobs.claims import Claim, Wanted
 from sqlalchemy_jobs.errors import ControlError
 from sqlalchemy_jobs.queues import QueueOptions
-from sqlalchemy_jobs.worker import claiming
+from sqlalchemy_jobs.worker import speed
 from sqlalchemy_jobs.worker.claiming import Claimer
 from sqlalchemy_jobs.worker.maintenance import find_unserved
 from tests.conformance.test_poison import until
@@ -103,7 +103,7 @@ def bench(database: Database) -> Iterator[Bench]:
 @pytest.fixture
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have workers claim nothing ahead."""
-    monkeypatch.setattr(claiming.Speed, "ahead", lambda self: {})
+    monkeypatch.setattr(speed.Speed, "ahead", lambda self: {})
 
 
 # --- pools ----------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_of_a_strict_pool_a_worker_that_was_idle_begins_with_the_better_queue(
 
 def _sleeps(claimer: Claimer) -> bool:
     """Whether it has found nothing for so long that it takes what wakes it for the same as the last time."""
-    return claimer._asleep_until > time.monotonic() + 0.2
+    return claimer._idling._asleep_until > time.monotonic() + 0.2
 
 
 @pytest.mark.usefixtures("one_by_one")
@@ -372,7 +372,7 @@ def test_an_idle_worker_does_not_read_what_holds_for_queues(database: Database) 
     event.listen(Engine, "before_cursor_execute", note)
     try:
         with App(database).worker(poll_interval=timedelta(seconds=0.02), listen=False) as worker:
-            until(lambda: worker._parts is not None and worker._parts._claimer._idle_polls > 60)
+            until(lambda: worker._parts is not None and worker._parts._claimer._idling._polls > 60)
     finally:
         event.remove(Engine, "before_cursor_execute", note)
     assert sum("FROM sajobs_job" in each for each in sent) > 60

@@ -34,12 +34,12 @@ from sqlalchemy_jobs import (
 )
 from sqlalchemy_jobs.claims import Claim
 from sqlalchemy_jobs.worker import (
-    claiming,
     control,
     execution,
     leases,
     loops,
     maintenance,
+    reconciling,
     settling,
 )
 from sqlalchemy_jobs.worker import worker as worker_module
@@ -366,7 +366,7 @@ def test_a_handler_thread_that_cannot_be_started_releases_its_run_and_the_worker
     times: int,
     concurrency: int,
 ) -> None:
-    monkeypatch.setattr(claiming, "RECONCILE", 0.1)  # gives back the rest of the same claim
+    monkeypatch.setattr(reconciling, "RECONCILE", 0.1)  # gives back the rest of the same claim
     refusals = ["can't start new thread"] * times
     original = threading.Thread.start
 
@@ -474,7 +474,7 @@ def test_an_end_that_is_refused_is_written_down_at_a_later_try(
 ) -> None:
     """At whichever try the refusal is over: a job does not fail for it, and is not given up."""
     monkeypatch.setattr(settling, "PATIENCE", 0.0, raising=False)
-    monkeypatch.setattr(claiming, "RECONCILE", 0.1)  # gives back what nobody owns
+    monkeypatch.setattr(reconciling, "RECONCILE", 0.1)  # gives back what nobody owns
     refusals = [error("BEGIN", {}, Exception(3100, "refused for a while"))] * times
     original = control._set_up
 

@@ -37,7 +37,8 @@ from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.dialects import postgresql as pg
 from sqlalchemy_jobs.dialects.listening import CHANNEL_OF_TABLE, table_of
 from sqlalchemy_jobs.tables import jobs as table
-from sqlalchemy_jobs.worker import Worker, claiming, leases, wakeup
+from sqlalchemy_jobs.worker import Worker, claiming, idling, leases, wakeup
+from sqlalchemy_jobs.worker.lanes import Lanes
 from sqlalchemy_jobs.worker.wakeup import Wakeup
 from tests.databases import Database
 
@@ -78,7 +79,7 @@ class Asleep:
 
 @pytest.fixture
 def few_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claiming, "IDLE_WAITS", (0.01, 0.02))
+    monkeypatch.setattr(idling, "IDLE_WAITS", (0.01, 0.02))
 
 
 @contextmanager
@@ -166,13 +167,13 @@ def test_who_is_woken_claims_jobs_like_the_last_ones_before_looking_for_others(
 ) -> None:
     sessions = database.sessions()
     with asleep(sessions, monkeypatch, in_process=True, listen=False) as it:
-        original = claiming.Claimer._look
+        original = Lanes.look
 
-        def look(claimer: claiming.Claimer, session: Session) -> bool:
+        def look(lanes: Lanes, session: Session) -> bool:
             it.ran.append(LOOKED)
-            return original(claimer, session)
+            return original(lanes, session)
 
-        monkeypatch.setattr(claiming.Claimer, "_look", look)
+        monkeypatch.setattr(Lanes, "look", look)
         add(sessions, 1)
         it.runs(1)
         for n, options, first in ((2, {}, 2), (3, {"queue": "other", "priority": 5}, LOOKED)):

@@ -27,7 +27,7 @@ from sqlalchemy_jobs import (
     job,
     transitions,
 )
-from sqlalchemy_jobs.worker import claiming, settling
+from sqlalchemy_jobs.worker import idling, settling
 from sqlalchemy_jobs.worker import worker as worker_module
 from sqlalchemy_jobs.worker.claiming import Claimer
 from sqlalchemy_jobs.worker.leases import register
@@ -300,7 +300,7 @@ def test_a_slot_of_a_full_queue_is_used_as_soon_as_it_is_free(
         return wait
 
     monkeypatch.setattr(Claimer, "step", step)
-    monkeypatch.setattr(claiming, "IDLE_WAITS", (0.01,))
+    monkeypatch.setattr(idling, "IDLE_WAITS", (0.01,))
     app: JobApp[Any, Any] = JobApp(sqlite.sessions())
     second = threading.Event()
 
