@@ -295,7 +295,7 @@ class Claimer:
         free, rooms = self._slots.room(step.ahead)
         pools = self._pools.in_turn(queues, rooms)
         if step.guesses:
-            free = self._slots.total // 2  # a better priority may have come as well
+            free = min(free, self._slots.total // 2)  # a better priority may have come as well
         asked = min(free, sum(rooms[pool] for pool in set(pools.values())))
         if len(pools) == len(queues):  # no slot that is given up would let it claim more
             self._slots.wake_at = -1
