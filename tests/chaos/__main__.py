@@ -13,12 +13,14 @@ the way, audits, prints one table and exits non-zero on any violation.
     rows.py      the application's tables
     diary.py     what the workers write down beside the database
     signs.py     what the processes tell one another beside the database
-    load.py      the transactions that enqueue, requeue, cancel and refer to jobs
+    load.py      the transactions that enqueue, requeue, cancel and refer to jobs, and add and change schedules
+    operator.py  who pauses and resumes queues and kinds, and sets how much of a queue may run
     servers.py   the servers, and how they are restarted
     faults.py    what is done to workers, connections and servers
     rounds.py    what is tried when all is quiet, with the bounds on its times
     books.py     rows, diaries and transactions, put in order
     audit.py     what must be true at the end
+    flow.py      the same of limits, pauses and schedules
     figures.py   times, which are only printed
 """
 
@@ -37,10 +39,11 @@ from sqlalchemy.orm import Session
 
 import sqlalchemy_jobs
 from sqlalchemy_jobs import Job
-from tests.chaos import audit, figures
+from tests.chaos import audit, figures, flow
 from tests.chaos.books import Books
 from tests.chaos.faults import Faults, Workers
 from tests.chaos.load import Load, Onlooker
+from tests.chaos.operator import Operator
 from tests.chaos.rounds import Rounds
 from tests.chaos.rows import Base, make_engine
 from tests.chaos.servers import SERVERS, Remote, Server
@@ -82,6 +85,7 @@ def main(
         engine = _tables(server)
         proxy = Proxy(server.url) if isinstance(server, Remote) else None
         options = ["--lease", f"{lease:g}", "--shutdown-timeout", "2"]
+        operator = Operator(server.url, seed, 2.5)
         workers = Workers(proxy.url if proxy else server.url, folder, slots, options)
         for _ in range(count):
             workers.start()
@@ -93,8 +97,10 @@ def main(
         faults.stop()
         load.stop()
         onlooker.stop()
+        operator.stop()
         (folder / CALM).touch()
-        rounds = Rounds(engine, workers, lease)
+        calm_at = time.time()
+        rounds = Rounds(engine, workers, operator, lease)
         settled_in = rounds.settle()
         with Session(engine) as session:
             unpruned = session.scalar(select(func.count()).where(Job.kind == "brief")) or 0
@@ -102,14 +108,17 @@ def main(
             rounds.play()
         rounds.wait_for_pruning()
         workers.end()
-        books = Books.read(engine, folder, [*load.transactions, *onlooker.transactions])
+        transactions = [*load.transactions, *onlooker.transactions, *operator.transactions]
+        books = Books.read(engine, folder, transactions, calm_at)
         found = [
             *rounds.violations,
             *onlooker.seen,
             *(f"a transaction failed: {error!r}" for error in load.errors),
             *audit.violations(books, workers.died()),
+            *flow.violations(books),
         ]
         engine.dispose()
+        operator.close()
     rows = [
         *_jobs(books),
         ("  pruned under faults", _count(books, "brief") - unpruned),
@@ -119,6 +128,18 @@ def main(
         ("jobs requeued", len(books.requeued)),
         ("runs that began", len(books.starts)),
         *_counted("runs that did not succeed", (each.outcome for each in books.attempts)),
+        *_counted("ticks that have a job", flow.schedules(books)),
+        *_counted("runs under limits", (run.job.kind for run in books.held if run.job.limit_key)),
+        ("most at once of a key", figures.most_at_once(books)),
+        *_counted(
+            "changes at run time",
+            (
+                name.split()[0]
+                for each in books.transactions
+                for name in each.changes
+                if each.id in books.intents
+            ),
+        ),
         *_counted("faults", [*faults.done.elements(), *["poison"] * len(books.poisoned)]),
         *_times("recoveries under faults", figures.recoveries(books, workers.ended)),
         *_times("recoveries in quiet", rounds.recovered),

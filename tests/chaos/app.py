@@ -6,19 +6,21 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import func, make_url, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, aliased, sessionmaker
 
-from sqlalchemy_jobs import Cancel, JobApp, Run, Snooze, current_run, enqueue
+from sqlalchemy_jobs import Cancel, Fail, Job, JobApp, Retry, Run, Snooze, current_run, enqueue
 from tests.chaos.diary import Diary
 from tests.chaos.kinds import (
+    EVERY,
     PARTS,
     SNOOZES,
     Blank,
+    Both,
     Brief,
     Doomed,
     Flaky,
@@ -35,15 +37,21 @@ from tests.chaos.kinds import (
     Nothing,
     Once,
     Only,
+    Ordered,
     Overdue,
     OverdueAsync,
+    Paced,
+    Pair,
     Parts,
     Patient,
     PatientAsync,
     Poison,
     Resigned,
+    Short,
+    Single,
     Sleepy,
     Sole,
+    Tick,
     Vanishing,
     Windowed,
     Write,
@@ -232,12 +240,70 @@ def _flush(session: Session) -> None:
         session.flush()
 
 
+# --- limits -----------------------------------------------------------------------------------------
+
+
+@jobs.handler(Pair)
+@jobs.handler(Single)
+@jobs.handler(Paced)
+@jobs.handler(Both)
+def limited(session: Session, payload: Pair | Single | Paced | Both) -> None:
+    time.sleep(payload.seconds)
+    _count(session)
+    session.add(effect())
+
+
+@jobs.handler(Ordered)
+def ordered(session: Session, payload: Ordered) -> Snooze | None:
+    _count(session)
+    match payload.n if current_run().attempt == 1 else 0:
+        case 1:
+            raise RuntimeError("the first time")
+        case 2:
+            return Snooze(SOON)
+        case 3:
+            raise Retry(SOON)
+        case 4:
+            raise Fail("in its turn")
+    session.add(effect())
+    return None
+
+
+def _count(session: Session) -> None:
+    """Write down how many jobs count against the own limit, this one among them, as one statement sees them."""
+    run, other = current_run(), aliased(Job)
+    key = select(Job.limit_key).where(Job.id == run.job_id).scalar_subquery()
+    count = select(func.count()).where(other.state == "running", other.limit_key == key)
+    diary().write("counted", run, str(session.scalar(count)))
+
+
+# --- schedules --------------------------------------------------------------------------------------
+
+
+def of_tick(tick: datetime) -> Tick:
+    return Tick(tick.timestamp())
+
+
+jobs.schedule("all", f"@every {EVERY['all']}s", of_tick, catch_up="all")
+jobs.schedule("once", f"@every {EVERY['once']}s", of_tick, catch_up="once")
+jobs.schedule("skip", f"@every {EVERY['skip']}s", Tick())
+
+
+@jobs.handler(Tick)
+def tick(session: Session, payload: Tick) -> None:
+    at = current_run().scheduled_at
+    if at is None or payload.at not in (None, at.timestamp()):
+        raise Fail(f"of the tick {payload.at}, scheduled at {at}")
+    session.add(effect())
+
+
 # --- crashes ----------------------------------------------------------------------------------------
 
 
 @jobs.handler(Once)
 @jobs.handler(Neighbour)
-def short(session: Session, payload: Once | Neighbour) -> None:
+@jobs.handler(Short)
+def short(session: Session, payload: Once | Neighbour | Short) -> None:
     time.sleep(payload.seconds)
     session.add(effect())
 

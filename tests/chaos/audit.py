@@ -21,6 +21,7 @@ ENDS = {
     "once": {SUCCEEDED, FAILED},
     "neighbour": {SUCCEEDED, FAILED},
     "poison": {SUCCEEDED, FAILED},
+    "ordered": {SUCCEEDED, FAILED},
     "meet": {SUCCEEDED, CANCELLED},
     "meet_async": {SUCCEEDED, CANCELLED},
     "meet_once": {SUCCEEDED, FAILED},

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
-from tests.chaos.books import Books
+from tests.chaos.books import Books, at_once
 from tests.chaos.faults import Process
+from tests.chaos.flow import by_key
 
 
 def recoveries(books: Books, ended: Iterable[Process]) -> list[float]:
@@ -42,6 +43,15 @@ def suspects_waited(books: Books) -> list[float]:
             if starts:
                 found.append(starts[0] - each.finished_at.timestamp())
     return found
+
+
+def most_at_once(books: Books) -> str:
+    """Return how many runs with a key of each limit were seen at once: how near the limits came."""
+    most: dict[str, int] = {}
+    for key, runs in by_key(books).items():
+        name = key.removeprefix("/").partition("/")[0]
+        most[name] = max(most.get(name, 0), *(count for _, count in at_once(runs)), 0)
+    return ", ".join(f"{name} {count}" for name, count in sorted(most.items()))
 
 
 def spread(seconds: Iterable[float]) -> str:

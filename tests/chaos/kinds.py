@@ -4,7 +4,8 @@ import random
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy_jobs import Unique, job
+from sqlalchemy_jobs import Limit, Unique, job
+from sqlalchemy_jobs.payloads import declaration_of
 
 SNOOZES = 2
 """How often a Sleepy job is put off."""
@@ -227,6 +228,96 @@ class Windowed:
 
 
 UNIQUE = (Only, Latest, Sole, Windowed)
+
+# --- so many at once, so fast, in order -------------------------------------------------------------
+
+NARROW = "narrow"
+"""A queue that has limits itself."""
+NARROW_AT_ONCE = 2
+"""How many of its jobs may run at once, until an operator says otherwise."""
+NARROW_RATE = "30/5s"
+ASIDE = "aside"
+"""A queue that is paused now and then."""
+KEYS = 2
+"""How many values each limit with a key is met with; of ``Ordered`` for each thread that enqueues."""
+
+
+@job("pair", max_attempts=ENDLESS, backoff=soon, limit=Limit(concurrency=2))
+@dataclass(frozen=True)
+class Pair:
+    seconds: float
+
+
+@job("single", max_attempts=ENDLESS, backoff=soon, limit=Limit(concurrency=1, key="of"))
+@dataclass(frozen=True)
+class Single:
+    of: int
+    seconds: float
+
+
+@job("paced", max_attempts=ENDLESS, backoff=soon, limit=Limit(rate="6/2s"))
+@dataclass(frozen=True)
+class Paced:
+    seconds: float
+
+
+@job("both", max_attempts=ENDLESS, backoff=soon, limit=Limit(concurrency=2, rate="3/2s", key="of"))
+@dataclass(frozen=True)
+class Both:
+    of: int
+    seconds: float
+
+
+@job("ordered", max_attempts=ENDLESS, backoff=soon, limit=Limit(key="of", ordered=True))
+@dataclass(frozen=True)
+class Ordered:
+    """Raises, is snoozed, asks for a retry or fails in its first run, according to ``n``."""
+
+    of: int
+    n: int
+
+
+@job("short", max_attempts=ENDLESS, backoff=soon)
+@dataclass(frozen=True)
+class Short:
+    seconds: float
+
+
+LIMITS: dict[str, Limit] = {
+    declaration.kind: declaration.limit
+    for declaration in map(declaration_of, (Pair, Single, Paced, Both, Ordered))
+    if declaration.limit is not None
+}
+
+
+def limited_payload(random: random.Random, thread: int) -> object:
+    """A payload of a kind that has a limit; an ordered one of a key that only this thread enqueues for."""
+    of, seconds = random.randrange(KEYS), round(random.uniform(0.05, 1), 2)
+    match random.randrange(5):
+        case 0:
+            return Pair(seconds)
+        case 1:
+            return Single(of, seconds)
+        case 2:
+            return Paced(seconds)
+        case 3:
+            return Both(of, seconds)
+        case _:
+            return Ordered(thread * KEYS + of, random.randrange(8))
+
+
+# --- of schedules -----------------------------------------------------------------------------------
+
+
+@job("tick", max_attempts=ENDLESS, backoff=soon)
+@dataclass(frozen=True)
+class Tick:
+    at: float | None = None
+    """The tick that it is for, where the code makes the payload."""
+
+
+EVERY = {"all": 1, "once": 2, "skip": 3}
+"""The schedules of the code: by their ``catch_up``, with the seconds from one tick to the next."""
 
 
 # --- when all is quiet ------------------------------------------------------------------------------

@@ -14,15 +14,29 @@ from sqlalchemy import URL, func, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqlalchemy_jobs import Job, JobState, cancel, enqueue, enqueue_many, requeue
+from sqlalchemy_jobs import Job, JobState, Schedule, cancel, enqueue, enqueue_many, requeue
 from sqlalchemy_jobs.errors import DuplicateJob, JobsError
 from sqlalchemy_jobs.payloads import declaration_of
-from tests.chaos.kinds import UNIQUE, Poison, Sole, any_payload
+from tests.chaos.kinds import (
+    ASIDE,
+    NARROW,
+    UNIQUE,
+    Poison,
+    Short,
+    Sole,
+    Tick,
+    any_payload,
+    limited_payload,
+)
 from tests.chaos.rows import Intent, Reference, make_engine
 from tests.chaos.signs import called_off
 
 Fate = Literal["committed", "rolled back", "unknown"]
 
+QUEUES = {"default": 12, "other": 6, ASIDE: 1}
+"""With their weights."""
+SCHEDULES = 2
+"""How many rows each thread has, at most."""
 POISON_PAUSE = 10.0
 """Seconds between two jobs that kill their worker."""
 CROWD = 200
@@ -47,7 +61,15 @@ class Transaction:
     references: list[str] = field(default_factory=list)
     refused: int = 0
     """How often it was told by an exception that a key is taken, and went on."""
+    changes: dict[str, object] = field(default_factory=dict)
+    """What it was to have in force from its commit on: of a queue, a kind or a schedule."""
+    began: float = field(default_factory=time.time)
+    ended: float | None = None
+    """When its commit was known."""
     fate: Fate = "unknown"
+
+    def committed(self) -> None:
+        self.fate, self.ended = "committed", time.time()
 
 
 class Load:
@@ -64,7 +86,7 @@ class Load:
         self._threads = [
             threading.Thread(
                 target=self._run,
-                args=(url, random.Random(f"load {seed} {number}"), len(urls) / per_second),
+                args=(url, number, random.Random(f"load {seed} {number}"), len(urls) / per_second),
                 daemon=True,
             )
             for number, url in enumerate(urls)
@@ -77,7 +99,7 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def _run(self, url: URL, random: random.Random, pause: float) -> None:
+    def _run(self, url: URL, number: int, random: random.Random, pause: float) -> None:
         engine = make_engine(url)
         sessions = sessionmaker(engine)
         while not self._stop.wait(random.uniform(0, 2 * pause)):
@@ -87,22 +109,24 @@ class Load:
             self.transactions.append(transaction)
             try:
                 with sessions() as session:
-                    self._fill(session, transaction, random)
+                    self._fill(session, transaction, number, random)
                     if random.random() < 0.25:
                         session.rollback()
                         transaction.fate = "rolled back"
                     else:
                         session.commit()
-                        transaction.fate = "committed"
+                        transaction.committed()
             except Exception as error:
                 if isinstance(error, (IntegrityError, JobsError)):
                     self.errors.append(error)
                 time.sleep(0.05)  # the server is away, or the answer to the COMMIT did not come
         engine.dispose()
 
-    def _fill(self, session: Session, transaction: Transaction, random: random.Random) -> None:
+    def _fill(
+        self, session: Session, transaction: Transaction, number: int, random: random.Random
+    ) -> None:
         session.add(Intent(id=transaction.id))
-        self._enqueue(session, transaction, random)
+        self._enqueue(session, transaction, number, random)
         match random.randrange(10):
             case 0:
                 if (job_id := self._earlier(random)) and cancel(session, job_id, "by chaos"):
@@ -113,16 +137,20 @@ class Load:
                     time.sleep(random.uniform(0, 0.3))  # and hold whatever it locks
             case 2:
                 _requeue(session, transaction, random)
+            case 3:
+                _schedule(session, transaction, number, random)
 
     def _earlier(self, random: random.Random) -> uuid.UUID | None:
         earlier = random.choice(self.transactions)
         there = earlier.fate == "committed" and earlier.jobs
         return uuid.UUID(random.choice(list(earlier.jobs))) if there else None
 
-    def _enqueue(self, session: Session, transaction: Transaction, random: random.Random) -> None:
+    def _enqueue(
+        self, session: Session, transaction: Transaction, number: int, random: random.Random
+    ) -> None:
         options: Any = {
             "priority": random.choice([0, 0, 0, -1, 5]),
-            "queue": random.choice(["default", "default", "other"]),
+            "queue": random.choices(list(QUEUES), list(QUEUES.values()))[0],
         }
         if random.random() < 0.1:
             many = [any_payload(random, transaction.id, quick=True) for _ in range(10)]
@@ -134,10 +162,18 @@ class Load:
                     transaction.jobs[job_id.hex] = declaration_of(type(payload)).kind
             return
         for _ in range(random.randint(1, 3)):
+            if random.random() < 0.2:
+                payload = limited_payload(random, number)
+                of_limited = {**options, "queue": random.choice([options["queue"], NARROW])}
+                _add(session, transaction, payload, of_limited)
+                continue
             payload = any_payload(random, transaction.id, quick=False)
             # So that a key is held for a while.
             delay = timedelta(seconds=random.uniform(0, 2)) if isinstance(payload, UNIQUE) else None
             _add(session, transaction, payload, {**options, "delay": delay})
+        if random.random() < 0.05:
+            short = Short(round(random.uniform(0.05, 0.5), 2))
+            _add(session, transaction, short, {**options, "queue": NARROW})
         if time.monotonic() > self._next_poison:
             self._next_poison = time.monotonic() + random.uniform(0, 2 * POISON_PAUSE)
             _add(session, transaction, Poison(random.randint(1, 4)), {"priority": -5})
@@ -183,6 +219,33 @@ def _requeue(session: Session, transaction: Transaction, random: random.Random) 
             transaction.requeued.append((job_id.hex, state == JobState.SUCCEEDED))
     except DuplicateJob:  # and what else is in the transaction commits
         transaction.refused += 1
+
+
+def _schedule(
+    session: Session, transaction: Transaction, number: int, random: random.Random
+) -> None:
+    """Add a row, or change, pause, resume or delete one; each thread has rows of its own."""
+    prefix = f"load-{number}-"
+    there = session.scalars(select(Schedule).where(Schedule.name.startswith(prefix))).all()
+    every = random.randint(1, 4)
+    if len(there) < SCHEDULES:
+        name = prefix + transaction.id
+        catch_up = random.choice(["skip", "once", "all"])
+        session.add(Schedule(name, f"@every {every}s", Tick(), catch_up=catch_up))
+    else:
+        schedule = random.choice(there)
+        name = schedule.name
+        match random.randrange(4):
+            case 0:
+                session.delete(schedule)
+            case 1 if not schedule.paused:
+                schedule.paused = True
+            case _:
+                schedule.cron, schedule.paused = f"@every {every}s", False
+        if schedule.paused or schedule in session.deleted:
+            every = 0
+    session.flush()
+    transaction.changes[f"schedule {name}"] = every
 
 
 class Onlooker:
@@ -251,7 +314,7 @@ class Onlooker:
                 session.add(Intent(id=transaction.id))
                 if cancel(session, job_id, "by chaos"):
                     transaction.cancelled.append(job_id.hex)
-            transaction.fate = "committed"
+            transaction.committed()
         finally:
             if transaction.fate == "committed" and transaction.cancelled:
                 self.cancelled_at[job_id.hex] = time.time()

@@ -16,13 +16,31 @@ from sqlalchemy import Engine, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import Job, cancel, enqueue_many
+from sqlalchemy_jobs import Job, Schedule, cancel, enqueue_many
+from sqlalchemy_jobs.runs import SCHEDULE_HEADER
 from sqlalchemy_jobs.worker.loops import LONGEST_PAUSE
 from sqlalchemy_jobs.worker.maintenance import BROKEN_VIEW, LOOK, PRUNE, SWEEP
 from sqlalchemy_jobs.worker.timeouts import GRACE
 from tests.chaos import signs
 from tests.chaos.faults import Process, Workers
-from tests.chaos.kinds import KEPT, NOT_KEPT, Meet, MeetAsync, MeetOnce, MeetParts, MeetWrite
+from tests.chaos.flow import HEEDED
+from tests.chaos.kinds import (
+    ASIDE,
+    EVERY,
+    KEPT,
+    NARROW,
+    NOT_KEPT,
+    Meet,
+    MeetAsync,
+    MeetOnce,
+    MeetParts,
+    MeetWrite,
+    Nothing,
+    Short,
+    Tick,
+    Write,
+)
+from tests.chaos.operator import AT_ONCE, Operator
 
 UNFINISHED = ("ready", "running", "blocked")
 PATIENCE = 60.0
@@ -52,6 +70,7 @@ def standstill_bound(lease: float) -> float:
 class Rounds:
     engine: Engine
     workers: Workers
+    operator: Operator
     lease: float
     violations: list[str] = field(default_factory=list)
     learned: list[float] = field(default_factory=list)
@@ -96,7 +115,12 @@ class Rounds:
     # --- rounds -----------------------------------------------------------------------------------
 
     def play(self) -> None:
-        """Have all slots in use at once, by threads and on the loop; kill a worker; stop and continue another one."""
+        """Have all slots in use at once, by threads and on the loop; kill a worker; stop and continue another one.
+
+        And see that what is said about queues and kinds is heeded, and what becomes of ticks that were missed.
+        """
+        self._set()
+        self._pause()
         self._fill("threads", Meet)
         self._fill("loop", MeetAsync)
         if len(self.workers.alive) > 1:
@@ -114,9 +138,9 @@ class Rounds:
         signs.open_(self.workers.folder, round_)
         self.settle()
 
-    def _begin(self, payloads: Sequence[object]) -> list[uuid.UUID]:
+    def _begin(self, payloads: Sequence[object], queue: str = "default") -> list[uuid.UUID]:
         with Session(self.engine) as session, session.begin():
-            return enqueue_many(session, payloads)
+            return enqueue_many(session, payloads, queue=queue)
 
     def _present(self, round_: str) -> list[tuple[int, str]]:
         """Return the processes and jobs that are in the round, without those of the worker that is left out."""
@@ -208,6 +232,76 @@ class Rounds:
         pid = Counter(pid for pid, _ in present).most_common(1)[0][0]
         (busiest,) = (each for each in self.workers.alive if each.popen.pid == pid)
         return busiest, {job_id for at, job_id in present if at == pid}
+
+    def _set(self) -> None:
+        """Let more and more jobs of a queue run at once: so many do, and the audit tells of one more."""
+        self.operator.change(AT_ONCE, 1)
+        time.sleep(HEEDED)
+        self._begin([Meet("narrow")] * 6, NARROW)
+        for count in (1, 3, 5):
+            self.operator.change(AT_ONCE, count)
+            self._meet("narrow", count, PATIENCE)
+        signs.open_(self.workers.folder, "narrow")
+        self.settle()
+
+    def _pause(self) -> None:
+        """Pause a queue and a kind while their jobs run, wait and come: the audit tells of one that begins."""
+        some = 5 * self.workers.slots * len(self.workers.alive)
+        self._begin([Short(0.3)] * some, ASIDE)
+        self._begin([Nothing(n) for n in range(some)])
+        for name in (f"queue {ASIDE}", "kind nothing"):
+            self.operator.change(name, True)
+        missed = self._miss()
+        time.sleep(HEEDED)
+        self._begin([Write(n) for n in range(some)], ASIDE)
+        self._begin([Nothing(n) for n in range(some)])
+        self._see_what_was_missed(*missed)
+        for name in (f"queue {ASIDE}", "kind nothing"):
+            self.operator.change(name, False)
+        self.settle()
+
+    # --- schedules --------------------------------------------------------------------------------
+
+    def _miss(self) -> tuple[int, float]:
+        """Have schedules that three ticks have passed by, hours ago: as after an outage. Return the interval and the last."""
+        # The last one is older than what is only late, and the next one does not come yet.
+        now = time.time()
+        every = next(
+            60 * minutes for minutes in range(50, 120) if 120 < now % (60 * minutes) < 45 * minutes
+        )
+        last = now // every * every
+        with self.operator.transaction() as (session, transaction):
+            for name in EVERY:
+                schedule = Schedule(f"missed-{name}", f"@every {every}s", Tick(), catch_up=name)
+                session.add(schedule)
+                session.flush()
+                schedule.next_tick = datetime.fromtimestamp(last - 2 * every, UTC)
+                transaction.changes[f"schedule missed-{name}"] = every
+        return every, last
+
+    def _see_what_was_missed(self, every: int, last: float) -> None:
+        """See that each tick, the last one or none was caught up, as was asked for."""
+        wanted = {"all": [last - 2 * every, last - every, last], "once": [last], "skip": []}
+        behind = select(func.count()).where(Schedule.next_tick <= datetime.now(UTC))
+
+        def has_looked() -> bool:
+            with Session(self.engine) as session:
+                return session.scalar(behind.where(Schedule.name.startswith("missed-"))) == 0
+
+        if not _wait_for(has_looked, LOOK + PATIENCE):
+            self.violations.append("round missed: no worker saw to ticks that were missed")
+        with Session(self.engine) as session:
+            jobs = session.scalars(select(Job).where(Job.kind == "tick")).all()
+        for name, expected in wanted.items():
+            found = sorted(
+                job.scheduled_at.timestamp()
+                for job in jobs
+                if (job.headers or {}).get(SCHEDULE_HEADER) == f"missed-{name}" and job.scheduled_at
+            )
+            if found != expected:
+                self.violations.append(
+                    f"round missed: catch_up={name} has jobs of {found}, wanted {expected}"
+                )
 
     # --- pruning ----------------------------------------------------------------------------------
 
