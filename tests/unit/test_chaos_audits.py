@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 
 from sqlalchemy_jobs import Attempt, Job, Unique
-from tests.chaos import audit
+from sqlalchemy_jobs.runs import SCHEDULE_HEADER
+from tests.chaos import audit, flow
 from tests.chaos.books import Books
 from tests.chaos.diary import Entry
 from tests.chaos.faults import Process
-from tests.chaos.kinds import PARTS
-from tests.chaos.load import Transaction
+from tests.chaos.kinds import ASIDE, NARROW, PARTS
+from tests.chaos.load import Fate, Transaction
+from tests.chaos.operator import AT_ONCE
 from tests.chaos.rows import Effect, Reference
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
+CALM_AT = BEGAN + timedelta(seconds=1000)
 WORKER, OTHER = uuid.uuid4(), uuid.uuid4()
 
 
@@ -28,6 +31,7 @@ class World:
 
     def __init__(self) -> None:
         self.transaction = Transaction(fate="committed")
+        self.changes: list[Transaction] = []
         self.intents = {self.transaction.id}
         self.rows: list[Job | Attempt | Effect | Reference] = []
         self.entries: list[Entry] = []
@@ -36,7 +40,7 @@ class World:
         self, kind: str, state: str = "succeeded", *, row: bool = True, **values: object
     ) -> Job:
         values = {"attempt": 1, "unique_states": 0, "failures": 0} | values
-        job = Job(id=uuid.uuid4(), kind=kind, state=state, **values)
+        job = Job(**{"id": uuid.uuid4(), "kind": kind, "state": state, **values})
         self.transaction.jobs[job.id.hex] = kind
         if row:
             self.rows.append(job)
@@ -70,13 +74,49 @@ class World:
         self.rows.append(ended)
         return ended
 
-    def event(self, job: Job, event: str, attempt: int = 1, pid: int = 1) -> None:
+    def event(
+        self,
+        job: Job,
+        event: str,
+        attempt: int = 1,
+        pid: int = 1,
+        at: float | None = None,
+        word: str = "-",
+    ) -> None:
         run = (job.id.hex, attempt, WORKER.hex)
-        self.entries.append(Entry(pid, float(len(self.entries)), event, run, "-"))
+        when = float(len(self.entries)) if at is None else BEGAN.timestamp() + at
+        self.entries.append(Entry(pid, when, event, run, word))
+
+    def ran(self, kind: str, began: float, ended: float, **values: object) -> Job:
+        """A job that ran once, and was claimed at once before it began."""
+        started, finished = (BEGAN + timedelta(seconds=at) for at in (began, ended))
+        job = self.done(kind, **{"started_at": started, "finished_at": finished, **values})
+        self.event(job, "began", at=began)
+        return job
+
+    def changed(self, name: str, value: object, at: float, fate: Fate = "committed") -> None:
+        """A transaction that changed something, in a tenth of a second."""
+        change = Transaction(began=BEGAN.timestamp() + at, changes={name: value}, fate=fate)
+        if fate == "committed":
+            change.ended = change.began + 0.1
+            self.intents.add(change.id)
+        self.changes.append(change)
+
+    def tick(
+        self, name: str, at: float, made_at: float | None = None, carries: float | None = None
+    ) -> Job:
+        return self.done(
+            "tick",
+            headers={SCHEDULE_HEADER: name},
+            payload={"at": None if carries is None else BEGAN.timestamp() + carries},
+            scheduled_at=BEGAN + timedelta(seconds=at),
+            created_at=BEGAN + timedelta(seconds=at if made_at is None else made_at),
+        )
 
     def violations(self) -> list[str]:
-        books = Books(self.rows, self.intents, self.entries, [self.transaction])
-        return audit.violations(books, [])
+        transactions = [self.transaction, *self.changes]
+        books = Books(self.rows, self.intents, self.entries, transactions, CALM_AT.timestamp())
+        return [*audit.violations(books, []), *flow.violations(books)]
 
 
 @pytest.fixture
@@ -120,7 +160,89 @@ def world() -> World:
     gone, there = Reference(id="gone"), Reference(id="there", job_id=parts.id)
     world.rows += [gone, there]
     world.transaction.references += ["gone", "there"]
+    _fill_with_limits(world)
+    _fill_with_schedules(world)
     return world
+
+
+def _fill_with_limits(world: World) -> None:
+    for began in (0, 1, 2):
+        world.event(_pair(world, began), "counted", word="2")
+    lost = world.job("single", "cancelled", limit_key="single/1")
+    world.transaction.cancelled.append(lost.id.hex)
+    world.event(lost, "began", at=0)
+    world.ended(lost, 1, "cancelled", at=1).started_at = BEGAN
+    world.ran("single", 1, 2, limit_key="single/1")
+    for at in (0, 0, 0, 0, 0, 0, 2):
+        world.ran("paced", at, at + 1, limit_key="paced")
+    for number in range(3):
+        _ordered(world, number, 2 * number, 2 * number + 1)
+    world.changed(AT_ONCE, 3, at=100)
+    world.changed(AT_ONCE, 9, at=100, fate="rolled back")
+    for began in (101, 101, 101, 103):
+        world.ran("short", began, began + 2, queue=NARROW)
+    world.changed("kind nothing", True, at=100)
+    world.changed("kind nothing", False, at=200)
+    for began in (99, 105, 201):
+        world.event(world.job("nothing"), "began", at=began)
+
+
+def _fill_with_schedules(world: World) -> None:
+    for at in range(3):
+        world.tick("all", at, made_at=9, carries=at)
+    for at in (0, 4):
+        world.tick("once", at)
+    world.changed("schedule load", 2, at=0)
+    world.changed("schedule load", 3, at=10)
+    world.changed("schedule load", 5, at=11, fate="rolled back")
+    world.changed("schedule load", 0, at=20)
+    for at in (2, 4, 12, 18):
+        world.tick("load", at)
+    world.tick("load", 18 + 3, made_at=20.05)
+
+
+def _pair(world: World, began: float) -> Job:
+    return world.ran("pair", began, began + 2, limit_key="pair")
+
+
+def _ordered(world: World, number: int, began: float, ended: float) -> Job:
+    return world.ran("ordered", began, ended, limit_key="ordered/1", id=uuid.UUID(int=number))
+
+
+def _lost_run_lasts(world: World) -> None:
+    job = world.job("single", "cancelled", limit_key="single/1")
+    world.transaction.cancelled.append(job.id.hex)
+    world.event(job, "began", at=0.5)
+    world.ended(job, 1, "crashed", at=7).started_at = BEGAN
+
+
+def _too_fast(world: World) -> None:
+    world.ran("paced", 1.5, 2, limit_key="paced")
+
+
+def _queue_too_fast(world: World) -> None:
+    for _ in range(31):
+        world.ran("short", 300, 300, queue=NARROW)
+
+
+def _one_more_in_the_queue(world: World) -> None:
+    world.ran("short", 102, 103, queue=NARROW)
+
+
+def _lowered_and_not_heeded(world: World) -> None:
+    world.changed(AT_ONCE, 1, at=1100)
+    for _ in range(2):
+        world.ran("short", 1103, 1104, queue=NARROW)
+
+
+def _paused(world: World, name: str, at: float, began: float, **values: object) -> None:
+    world.changed(name, True, at=at)
+    world.event(world.job("nothing", **values), "began", at=began)  # type: ignore[arg-type]
+
+
+def _rolled_back_schedule(world: World) -> None:
+    world.changed("schedule never", 1, at=0, fate="rolled back")
+    world.tick("never", 5)
 
 
 def _neighbour_killed(world: World) -> None:
@@ -247,6 +369,31 @@ FAULTS: dict[str, Callable[[World], object]] = {
     "which had no end": _repeated_without_a_trace,
     "ran before .* had ended": _overlapping,
     "which is for one": _twice_in_a_window,
+    "3 runs with key pair at once": lambda world: _pair(world, 1.5),
+    "2 runs with key single/1 at once": _lost_run_lasts,
+    "has seen 3 jobs running, and 2 may be": lambda world: world.event(
+        _pair(world, 50), "counted", word="3"
+    ),
+    "4 runs of queue narrow at once": _one_more_in_the_queue,
+    "2 runs of queue narrow at once": _lowered_and_not_heeded,
+    "7 claims with key paced in": _too_fast,
+    "31 claims with key /narrow in": _queue_too_fast,
+    "ran before one that was enqueued earlier": lambda world: _ordered(world, 7, 4.5, 6),
+    "the kind nothing was paused": lambda world: _paused(world, "kind nothing", 300, 321),
+    "the queue aside was paused": lambda world: _paused(
+        world, "queue aside", 1300, 1303, queue=ASIDE
+    ),
+    "schedule all has 2 jobs": lambda world: world.tick("all", 1),
+    "schedule all carries": lambda world: world.tick("all", 3, carries=2),
+    "schedule all has jobs of ticks .* and none between": lambda world: world.tick("all", 4),
+    "schedule once is of .*, no tick": lambda world: world.tick("once", 5),
+    "schedule load is of .*, no tick: it was every .3. seconds": lambda world: world.tick(
+        "load", 14
+    ),
+    "schedule load is of .*, no tick: it was every .0. seconds": lambda world: world.tick(
+        "load", 24
+    ),
+    "schedule never is of .*, no tick": _rolled_back_schedule,
     "its slot is only/3": lambda world: world.done(
         "only", unique_key="only/3", unique_slot="only/3", unique_states=Unique().mask
     ),
