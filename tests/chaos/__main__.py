@@ -115,7 +115,7 @@ def main(
             *onlooker.seen,
             *(f"a transaction failed: {error!r}" for error in load.errors),
             *audit.violations(books, workers.died()),
-            *flow.violations(books),
+            *flow.violations(books, faults.longest_stall),
         ]
         engine.dispose()
         operator.close()

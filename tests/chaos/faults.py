@@ -22,6 +22,10 @@ from tests.proxy import Proxy
 
 ENDS = (0, 1, -signal.SIGTERM)
 """How a worker ends that is told to: by the signal itself while it was only starting."""
+LEASES = 2.0
+"""For how many leases a worker is stopped at most."""
+HOLD = 3.0
+"""For how many seconds its connections are held, and for how many there is none."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -142,6 +146,11 @@ class Faults:
         if self._error is not None:  # there were less faults than it seems
             raise self._error
 
+    @property
+    def longest_stall(self) -> float:
+        """For how many seconds a worker is kept from going on, when one fault follows another."""
+        return LEASES * self._lease + 3 * HOLD
+
     def _run(self) -> None:
         try:
             self._make_faults()
@@ -181,7 +190,9 @@ class Faults:
         """SIGSTOP, for less than the lease or long enough to be declared dead, and SIGCONT; the faults go on."""
         process = self._random.choice(self._workers.alive)
         process.popen.send_signal(signal.SIGSTOP)
-        leases = self._random.choice([self._random.uniform(0, 1), self._random.uniform(1.5, 2)])
+        leases = self._random.choice(
+            [self._random.uniform(0, 1), self._random.uniform(1.5, LEASES)]
+        )
         seconds = leases * self._lease
         self._timers.append(threading.Timer(seconds, process.popen.send_signal, [signal.SIGCONT]))
         self._timers[-1].start()
@@ -210,13 +221,13 @@ class Faults:
 
     def delay(self) -> None:
         assert self._proxy is not None
-        self._proxy.hold(self._random.uniform(0.05, 3))
+        self._proxy.hold(self._random.uniform(0.05, HOLD))
 
     def part(self) -> None:
         """The network between workers and server is gone for a moment."""
         assert self._proxy is not None
         self._proxy.stop()
-        time.sleep(self._random.uniform(0.1, 3))
+        time.sleep(self._random.uniform(0.1, HOLD))
         self._proxy.start()
 
     # --- the server -------------------------------------------------------------------------------

@@ -20,19 +20,19 @@ from tests.chaos.operator import AT_ONCE
 
 HEEDED = 2.0
 """Seconds after its commit at which a change holds in every worker."""
-STALLED = 20.0
-"""The same while workers are stopped and their connections held, between the look at what holds and the claim, too."""
 CLOCKS = CLOCK.total_seconds()
 
 
-def violations(books: Books) -> list[str]:
+def violations(books: Books, stalled: float) -> list[str]:
+    """``stalled``: seconds for which a worker may be kept from going on, between looking at what holds and claiming too."""
+    heeded = HEEDED + stalled
     return [
         *_at_once(books),
         *_counted(books),
-        *_narrow(books),
+        *_narrow(books, heeded),
         *_rates(books),
         *_in_order(books),
-        *_pauses(books),
+        *_pauses(books, heeded),
         *_ticks(books),
         *_no_tick_is_missing(books),
         *_rules(books),
@@ -76,10 +76,10 @@ def _counted(books: Books) -> Iterator[str]:
             yield f"{kind}: run {entry.run} has seen {entry.word} jobs running, and {most} may be"
 
 
-def _narrow(books: Books) -> Iterator[str]:
+def _narrow(books: Books, heeded: float) -> Iterator[str]:
     """No more runs of a queue held their rows at once than it was said to let run, since before the last was claimed."""
     for run, count in at_once(by_key(books).get(f"/{NARROW}", ())):
-        since = run.claimed - _heeded(books, run.began)
+        since = run.claimed - _heeded(books, run.began, heeded)
         most = max(books.in_force(AT_ONCE, since, run.began, NARROW_AT_ONCE))
         if count > most:
             yield f"{count} runs of queue {NARROW} at once when {run.job.id} began, and {most} may be"
@@ -118,18 +118,19 @@ def _in_order(books: Books) -> Iterator[str]:
                 ended = max(ended, job.finished_at.timestamp())
 
 
+def _heeded(books: Books, at: float, heeded: float) -> float:
+    """Return for how many seconds before an instant something must have been in force, so that it holds."""
+    return HEEDED + CLOCKS if at > books.calm_at else heeded
+
+
 # --- pauses -----------------------------------------------------------------------------------------
 
 
-def _heeded(books: Books, at: float) -> float:
-    return HEEDED + CLOCKS if at > books.calm_at else STALLED
-
-
-def _pauses(books: Books) -> Iterator[str]:
+def _pauses(books: Books, heeded: float) -> Iterator[str]:
     """Nothing begins of a queue or a kind that has been paused for long enough."""
     for entry in books.starts:
         kind, job = books.kinds.get(entry.run[0]), books.jobs.get(entry.run[0])
-        since = entry.at - _heeded(books, entry.at)
+        since = entry.at - _heeded(books, entry.at, heeded)
         for name in (f"kind {kind}", f"queue {job.queue if job else None}"):
             if books.in_force(name, since, entry.at, False) == {True}:
                 yield f"{kind}: run {entry.run} began while the {name} was paused, and had been for long"

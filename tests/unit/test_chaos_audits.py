@@ -23,6 +23,7 @@ from tests.chaos.rows import Effect, Reference
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 CALM_AT = BEGAN + timedelta(seconds=1000)
+STALLED = 15.0
 WORKER, OTHER = uuid.uuid4(), uuid.uuid4()
 
 
@@ -116,7 +117,7 @@ class World:
     def violations(self) -> list[str]:
         transactions = [self.transaction, *self.changes]
         books = Books(self.rows, self.intents, self.entries, transactions, CALM_AT.timestamp())
-        return [*audit.violations(books, []), *flow.violations(books)]
+        return [*audit.violations(books, []), *flow.violations(books, STALLED)]
 
 
 @pytest.fixture
