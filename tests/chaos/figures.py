@@ -6,6 +6,7 @@ from itertools import pairwise
 from tests.chaos.books import Books, at_once
 from tests.chaos.faults import Process
 from tests.chaos.flow import by_key
+from tests.chaos.kinds import ASIDE, NARROW
 
 
 def recoveries(books: Books, ended: Iterable[Process]) -> list[float]:
@@ -13,7 +14,7 @@ def recoveries(books: Books, ended: Iterable[Process]) -> list[float]:
     killed = {each.popen.pid: each.killed_at for each in ended}
     found = []
     for job_id, attempts in books.attempts_of.items():
-        if books.kinds[job_id].startswith("meet"):
+        if books.kinds[job_id].startswith("meet") or _waits_for_more(books, job_id):
             continue  # of a round
         first = next((each for each in attempts if each.outcome == "crashed"), None)
         for one, following in pairwise(books.starts_of[job_id]):
@@ -38,11 +39,21 @@ def suspects_waited(books: Books) -> list[float]:
     """Seconds from a job's second crash, or a later one, to its next start; its backoff is part of that."""
     found = []
     for job_id, attempts in books.attempts_of.items():
+        if _waits_for_more(books, job_id):
+            continue
         for each in [each for each in attempts if each.outcome == "crashed"][1:]:
             starts = [s.at for s in books.starts_of[job_id] if s.run[1] > each.attempt]
             if starts:
                 found.append(starts[0] - each.finished_at.timestamp())
     return found
+
+
+def _waits_for_more(books: Books, job_id: str) -> bool:
+    """Tell whether a job may wait for a limit, or because it is paused."""
+    job = books.jobs.get(job_id)
+    return books.kinds[job_id] == "nothing" or (
+        job is not None and (job.limit_key is not None or job.queue in (NARROW, ASIDE))
+    )
 
 
 def most_at_once(books: Books) -> str:

@@ -164,7 +164,7 @@ class Load:
         for _ in range(random.randint(1, 3)):
             if random.random() < 0.2:
                 payload = limited_payload(random, number)
-                of_limited = {**options, "queue": random.choice([options["queue"], NARROW])}
+                of_limited = {**options, "queue": random.choice([*[options["queue"]] * 4, NARROW])}
                 _add(session, transaction, payload, of_limited)
                 continue
             payload = any_payload(random, transaction.id, quick=False)
