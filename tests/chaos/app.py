@@ -255,6 +255,7 @@ def limited(session: Session, payload: Pair | Single | Paced | Both) -> None:
 
 @jobs.handler(Ordered)
 def ordered(session: Session, payload: Ordered) -> Snooze | None:
+    time.sleep(0.2)
     _count(session)
     match payload.n if current_run().attempt == 1 else 0:
         case 1:

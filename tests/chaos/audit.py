@@ -2,12 +2,12 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import pairwise
 
 from sqlalchemy_jobs import Job, JobState
 from sqlalchemy_jobs.claims import ALONE_FROM
-from tests.chaos.books import Books, run_of
+from tests.chaos.books import CLOCK, Books, run_of
 from tests.chaos.faults import Process
 from tests.chaos.kinds import FEW, NOT_KEPT, PARTS, SNOOZES
 from tests.chaos.load import FINAL
@@ -30,8 +30,6 @@ ENDS = {
 WITHOUT_EFFECT = ("nothing", "blank", "meet", "meet_async", "meet_once")
 IN_PARTS = ("parts", "meet_parts")
 FAILURES = ("failed", "crashed", "timed_out")
-CLOCK = timedelta(seconds=0.1)
-"""By so much the server's clock may be set back."""
 
 
 def violations(books: Books, died: Iterable[Process]) -> list[str]:

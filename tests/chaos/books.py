@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from tests.chaos import diary
 from tests.chaos.diary import Entry, RunKey
 from tests.chaos.load import Transaction
 from tests.chaos.rows import Effect, Intent, Reference
+
+CLOCK = timedelta(seconds=0.1)
+"""By so much the server's clock may be set back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +111,7 @@ class Books:
             if entry.run not in ends and (job.state, job.attempt) == ("succeeded", entry.run[1]):
                 claimed, ended = job.started_at, job.finished_at
             if claimed and ended:
-                yield Held(job, claimed.timestamp(), entry.at, ended.timestamp())
+                yield Held(job, claimed.timestamp(), entry.at, (ended - CLOCK).timestamp())
 
     def in_force(self, name: str, since: float, until: float, before: Any = None) -> set[Any]:
         """Return all that may have been in force in a time, by the transactions that changed it one after the other.

@@ -13,8 +13,7 @@ from itertools import groupby, pairwise
 from sqlalchemy_jobs import Job
 from sqlalchemy_jobs.limits import Rate
 from sqlalchemy_jobs.runs import SCHEDULE_HEADER
-from tests.chaos.audit import CLOCK
-from tests.chaos.books import Books, Held, at_once
+from tests.chaos.books import CLOCK, Books, Held, at_once
 from tests.chaos.kinds import EVERY, LIMITS, NARROW, NARROW_AT_ONCE, NARROW_RATE
 from tests.chaos.operator import AT_ONCE
 
