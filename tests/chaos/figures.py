@@ -49,10 +49,13 @@ def suspects_waited(books: Books) -> list[float]:
 
 
 def _waits_for_more(books: Books, job_id: str) -> bool:
-    """Tell whether a job may wait for a limit, or because it is paused."""
+    """Tell whether a job may wait for a limit, or because it is paused; where its row is gone, that is not known."""
     job = books.jobs.get(job_id)
-    return books.kinds[job_id] == "nothing" or (
-        job is not None and (job.limit_key is not None or job.queue in (NARROW, ASIDE))
+    return (
+        job is None
+        or job.kind == "nothing"
+        or job.limit_key is not None
+        or job.queue in (NARROW, ASIDE)
     )
 
 

@@ -234,13 +234,15 @@ class Rounds:
         return busiest, {job_id for at, job_id in present if at == pid}
 
     def _set(self) -> None:
-        """Let more and more jobs of a queue run at once: so many do, and the audit tells of one more."""
+        """Let more and more jobs of a queue run at once, and then less: so many do, and the audit tells of one more."""
         self.operator.change(AT_ONCE, 1)
         time.sleep(HEEDED)
-        self._begin([Meet("narrow")] * 6, NARROW)
+        self._begin([Meet("narrow")] * 10, NARROW)
         for count in (1, 3, 5):
             self.operator.change(AT_ONCE, count)
             self._meet("narrow", count, PATIENCE)
+        self.operator.change(AT_ONCE, 2)
+        time.sleep(HEEDED)
         signs.open_(self.workers.folder, "narrow")
         self.settle()
 
