@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy_jobs.errors import DeclarationError
 
 LIMIT_KEY_LENGTH = 200
+MOST_AT_ONCE = 2**31 - 1
 LONGEST_WINDOW = timedelta(days=1)
 BUCKETS = 20
 """A rate remembers its starts in so many parts of its window: those in one part return together, with the last."""
@@ -48,8 +49,10 @@ class Limit:
 
     def __post_init__(self) -> None:
         most = self.concurrency
-        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-            raise DeclarationError(f"concurrency={most!r}: wanted a whole number from 1")
+        if most is not None and not (type(most) is int and 1 <= most <= MOST_AT_ONCE):
+            raise DeclarationError(
+                f"concurrency={most!r}: wanted a whole number from 1 to {MOST_AT_ONCE}"
+            )
         if self.ordered and most not in (None, 1):
             raise DeclarationError(
                 f"ordered=True and concurrency={most}: jobs in order run one after the other; leave concurrency away"

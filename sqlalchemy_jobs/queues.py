@@ -18,7 +18,7 @@ from sqlalchemy.orm.util import identity_key
 from sqlalchemy_jobs import bell
 from sqlalchemy_jobs.errors import ControlError, DeclarationError
 from sqlalchemy_jobs.inserts import insert_missing
-from sqlalchemy_jobs.limits import Rate
+from sqlalchemy_jobs.limits import MOST_AT_ONCE, Rate
 from sqlalchemy_jobs.models import Kind, Queue, utcnow
 from sqlalchemy_jobs.outcomes import checked_delay
 from sqlalchemy_jobs.payloads import check_kind, check_queue, is_whole
@@ -26,7 +26,6 @@ from sqlalchemy_jobs.tables import TO_JOB, kinds, queues
 
 Strategy: TypeAlias = Literal["priority", "fifo"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-MOST_AT_ONCE = 2**31 - 1
 
 
 class QueueOptions(TypedDict, total=False):

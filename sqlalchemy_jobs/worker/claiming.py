@@ -247,6 +247,10 @@ class Claimer:
             self._limiting.forget()
             self._give_back(self._slots.withdraw_if(self._must_not_wait))
 
+    @property
+    def _must_heed(self) -> bool:
+        return self._controls.expired or self._controls.believed_for <= 0
+
     def _must_not_wait(self, run: Run) -> bool:
         controls = self._controls
         return controls.is_paused(run.queue, run.kind) or not controls.is_plain(run.queue)
@@ -319,10 +323,12 @@ class Claimer:
         """Claim and start jobs that count against limits: for free slots only, and none while a suspect is waited for."""
         if most == 0 or self._clearing.is_on:
             return []
+        if self._limiting.has_passed_paused and self._must_heed:
+            self._control.statements(self._heed)  # it may have been resumed
         self._limiting.look(is_busy=self._was_full)
         if not self._limiting.wants_slots and not self._lanes.limited:
             return []
-        if self._controls.expired or self._controls.believed_for <= 0:
+        if self._must_heed:
             self._control.statements(self._heed)
         claims = self._started(self._limiting.claim(self._wanted(worker_id, most)))
         queues = self._controls.limited_queues
@@ -342,7 +348,7 @@ class Claimer:
         claims = self._limiting.claim_suspect(wanted)
         for queue in self._controls.limited_queues:
             lanes = self._lanes.limited_of(queue)
-            if not claims and lanes:
+            if not claims:
                 claims = self._limiting.claim_queue(replace(wanted, lanes=lanes), queue)
         return self._started(claims)
 

@@ -414,7 +414,8 @@ class Threads:
                     self._lose()
                     return
                 now = time.monotonic()
-                work = self._next(run, quick=now - began < QUICK)
+                # Of several only: the watch is for the others.
+                work = self._next(run, quick=self._most > 1 and now - began < QUICK)
             with self._lock:
                 self._idle += 1
 

@@ -43,10 +43,11 @@ class Filling:
             began = time.monotonic()
             asked = min(sum(room.values()), MOST_AHEAD)
             if asked and began >= self._rest_until.get(kind, 0.0):
+                kinds = (kind, *self._batched[kind].declaration.aliases)
                 found = self._claim(
                     replace(
                         wanted,
-                        kinds=[kind, *self._batched[kind].declaration.aliases],
+                        kinds=[each for each in kinds if each in wanted.kinds],
                         lanes=self._lanes.found,
                         room=room,
                         total=asked,

@@ -67,6 +67,13 @@ class Limiting:
             if each.declaration.limit is not None
             for name in each.declaration.limit_names
         }
+        self._kinds: dict[str, set[str]] = {}
+        """By the name of a limit: whose jobs count against it."""
+        for kind, each in handlers.items():
+            for name in each.declaration.limit_names:
+                self._kinds.setdefault(name, set()).add(kind)
+        self.has_passed_paused = False
+        """Whether the present round came by jobs whose queue or kind is paused, as far as is known."""
         self._has_found = False
         self._look_at = self._next_due = -math.inf
         self._cursor = ""
@@ -110,7 +117,8 @@ class Limiting:
         key, now = key_of_queue(queue), time.monotonic()
         free, rooms = self._slots.room()
         pool = self._pools.in_turn([queue], rooms).get(queue)
-        keys = [each for each in self._open.values() if each.queue == queue][:KEYS]
+        known = self._suspects if wanted.suspects else self._open
+        keys = [each for each in known.values() if each.queue == queue][:KEYS]
         if pool is None or not self.may_begin(queue) or not (wanted.lanes or keys):
             return []
         if key not in self._queues:
@@ -130,17 +138,19 @@ class Limiting:
         if found.opens:
             self._rest_until[key] = now + min(found.opens, self._poll)
         for each in keys:  # what there is more of them the next look sees
-            del self._open[each.key, queue]
+            if wanted.suspects:
+                del self._suspects[each.key]
+            else:
+                del self._open[each.key, queue]
         self._ours.update((claim.job_id, key) for claim in found.claims)
         return found.claims
 
     def claim_suspect(self, wanted: Wanted) -> list[Claim]:
         """Claim a job that must run alone."""
-        if not self._suspects:
-            return []
-        suspects = {(key, each.queue): each for key, each in self._suspects.items()}
-        self._suspects.clear()
-        return self._claim(wanted, suspects)
+        plain = [each for each in self._suspects.values() if self._controls.is_plain(each.queue)]
+        for each in plain:
+            del self._suspects[each.key]
+        return self._claim(wanted, {(each.key, each.queue): each for each in plain})
 
     @property
     def suspects(self) -> list[Lane]:
@@ -174,7 +184,7 @@ class Limiting:
     def forget(self) -> None:
         """Look again: what holds for queues and kinds has changed."""
         self._open.clear()
-        self._look_at = -math.inf
+        self._cursor, self._look_at = "", -math.inf
 
     # --- looking ------------------------------------------------------------------------------------
 
@@ -187,6 +197,7 @@ class Limiting:
         for _ in range(LOOKS):
             if not self._cursor:
                 self._found_in_round, self._due_in_round = False, math.inf
+                self.has_passed_paused = False
                 for of_round in (self._blocked, self._suspects, self._running):
                     of_round.clear()
             lanes = self._control.statements(self._lanes)
@@ -230,7 +241,8 @@ class Limiting:
     def _sort_in(self, lane: LimitedLane, now: float) -> None:
         """Note whether there is something to claim in a lane, and else until when there is not."""
         self._found_in_round = True
-        if self._controls.is_paused(lane.queue, lane.kind):
+        if self._is_paused(lane):
+            self.has_passed_paused = True
             return
         self._running[lane.key] = lane.running
         numbers = self._numbers_of(lane.key)
@@ -250,6 +262,15 @@ class Limiting:
             known = self._open.get((lane.key, lane.queue), key)
             priorities = sorted({*known.priorities, lane.priority})
             self._open[lane.key, lane.queue] = replace(key, priorities=priorities)
+
+    def _is_paused(self, lane: LimitedLane) -> bool:
+        """Tell whether nothing of a lane is to begin; behind a job of a paused kind there may be others of its limit."""
+        kinds = {lane.kind}
+        if not self._numbers_of(lane.key).ordered:
+            kinds |= self._kinds.get(name_of(lane.key), set())
+        return self._controls.queue(lane.queue).paused or kinds.issubset(
+            self._controls.paused_kinds
+        )
 
     def _is_never_alone(self, kind: str) -> bool:
         handler = self._handlers.get(kind)

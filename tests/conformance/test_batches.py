@@ -34,6 +34,7 @@ from sqlalchemy_jobs import (
     enqueue_many,
     errors,
     job,
+    pause_kind,
     transitions,
 )
 from sqlalchemy_jobs.claims import Claim, Wanted
@@ -182,6 +183,16 @@ def test_each_queue_has_its_own_batches_and_an_alias_shares_them(app: App) -> No
         session.execute(update(Job).where(Job.id == app.ids[1]).values(kind="old_item"))
     app.drain(queues={"mail": 1, "default": 1}, concurrency=2)
     assert sorted(app.calls) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_batch_is_not_filled_with_jobs_of_an_alias_that_is_paused(app: App) -> None:
+    app.handle(write)
+    app.add(*(Item(n) for n in range(4)))
+    with app.sessions.begin() as session:
+        session.execute(update(Job).where(Job.id == app.ids[1]).values(kind="old_item"))
+        pause_kind(session, "old_item")
+    app.drain()
+    assert sorted(app.calls) == [[0, 2, 3]]
 
 
 def test_batches_and_ordinary_kinds_in_one_queue(app: App) -> None:

@@ -26,6 +26,10 @@ from sqlalchemy_jobs import (
     dialects,
     enqueue_many,
     job,
+    pause_kind,
+    pause_queue,
+    resume_kind,
+    resume_queue,
     retention,
     set_queue,
     transitions,
@@ -58,6 +62,12 @@ class Charge:
 @job("call", limit=Limit(rate="3/hour", name="api"))
 @dataclass(frozen=True)
 class Call:
+    n: int = 0
+
+
+@job("ask", limit=Limit(rate="3/hour", name="api"))
+@dataclass(frozen=True)
+class Ask:
     n: int = 0
 
 
@@ -550,7 +560,60 @@ def test_an_app_without_limits_pays_nothing(database: Database) -> None:
     assert len(plain.ran) == 50 and looks == ["look"]
 
 
+# ------------------------------------------------------------------------------------------ pausing
+
+
+@pytest.mark.parametrize(
+    ("pause", "resume", "name"),
+    [(pause_queue, resume_queue, "mail"), (pause_kind, resume_kind, "three")],
+)
+def test_what_is_resumed_begins_though_nothing_waits_but_jobs_with_a_limit(
+    database: Database,
+    pause: Callable[[Session, str], bool],
+    resume: Callable[[Session, str], bool],
+    name: str,
+) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    three, plain = Counting(app, Three), Counting(app, Plain)
+    with database.sessions().begin() as session:
+        pause(session, name)
+    with app.worker(poll_interval=timedelta(seconds=0.1)):
+        add(database, Three(1), queue="mail")
+        add(database, Plain(1))
+        until(lambda: plain.ran)
+        with database.sessions().begin() as session:
+            resume(session, name)
+        until(lambda: three.ran)
+
+
+def test_a_paused_kind_does_not_hold_up_another_one_that_shares_its_limit(
+    database: Database,
+) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    call, ask = Counting(app, Call), Counting(app, Ask)
+    with database.sessions().begin() as session:
+        pause_kind(session, "call")
+    add(database, Call(1))
+    add(database, Ask(2))
+    assert Worker(app, drain=True).run()
+    assert (call.ran, ask.ran) == ([], [Ask(2)])
+
+
 # ------------------------------------------------------------------------------------------- poison
+
+
+def test_a_job_that_must_run_alone_has_its_turn_in_a_queue_with_limits_too(
+    database: Database,
+) -> None:
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    three = Counting(app, Three)
+    with database.sessions().begin() as session:
+        set_queue(session, "mail", concurrency=2)
+    add(database, Three(1), queue="mail")
+    with database.sessions().begin() as session:
+        session.execute(update(Job).values(crashes=2))
+    with app.worker(poll_interval=timedelta(seconds=0.1)):
+        until(lambda: three.ran)
 
 
 def test_a_job_with_a_limit_that_killed_its_workers_runs_alone(database: Database) -> None:

@@ -168,6 +168,7 @@ def test_a_rate_that_was_lowered_waits_until_few_enough_are_left() -> None:
         ({"concurrency": 0}, "concurrency=0"),
         ({"concurrency": True}, "concurrency=True"),
         ({"concurrency": 1.5}, r"concurrency=1\.5"),
+        ({"concurrency": 2**31}, "from 1 to 2147483647"),
         ({"ordered": True, "concurrency": 2}, "leave concurrency away"),
         ({"rate": 5}, "rate=5: wanted a string"),
         ({"concurrency": 1, "key": ""}, "wanted the name of a field"),

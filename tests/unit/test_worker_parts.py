@@ -17,10 +17,10 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqlalchemy_jobs import Job, JobApp, Run, WorkerRow, enqueue, job, transitions
 from sqlalchemy_jobs.claims import Claim
-from sqlalchemy_jobs.worker import slots
+from sqlalchemy_jobs.worker import executors, slots
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.control import Control
-from sqlalchemy_jobs.worker.executors import Opened, Supervisor, Threads
+from sqlalchemy_jobs.worker.executors import Opened, Supervisor, Threads, Work
 from sqlalchemy_jobs.worker.leases import Lease, register, unregister
 from sqlalchemy_jobs.worker.loops import Loop
 from sqlalchemy_jobs.worker.maintenance import Maintenance
@@ -857,7 +857,12 @@ def pool_of(sqlite: Database) -> Iterator[Callable[..., Pool]]:
     control = Control(sqlite.engine(), Availability())
     before = set(threading.enumerate())
 
-    def make(most: int, handler: Callable[[], None] = lambda: None) -> Pool:
+    def make(
+        most: int,
+        handler: Callable[[], None] = lambda: None,
+        next_work: Callable[[], Work | None] = lambda: None,
+        start_waiting: Callable[[], None] = never,
+    ) -> Pool:
         seen: set[str] = set()
         app: JobApp[Any, Any] = JobApp(sqlite.sessions())
 
@@ -875,7 +880,8 @@ def pool_of(sqlite: Database) -> Iterator[Callable[..., Pool]]:
             lambda batch, run, transition: never(),
         )
         assert app.sessions is not None
-        pool = Pool(Threads(supervisor, app.sessions, most, lambda: None, never), app, ended, seen)
+        threads = Threads(supervisor, app.sessions, most, next_work, start_waiting)
+        pool = Pool(threads, app, ended, seen)
         # What a run carries is what the row holds.
         pool.start = lambda: pool.threads.start(  # type: ignore[method-assign]
             Run(Claim(uuid.uuid4(), 1, WORKER, "part", "default", '{"n": 0}', 0, 20)),
@@ -945,6 +951,33 @@ def test_one_run_at_a_time_needs_few_threads(pool_of: Callable[..., Pool]) -> No
         pool.start()
         pool.wait_for(1)
     assert len(pool.seen) < 10
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_run_is_started_that_comes_when_a_thread_has_just_looked_for_it_in_vain(
+    pool_of: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(executors, "QUICK", 10.0)  # the thread takes all there is
+    comes: list[None] = []
+    waits: list[None] = []
+
+    def next_work() -> None:
+        if comes:
+            waits.append(comes.pop())
+            start_waiting()
+
+    def start_waiting() -> None:
+        while not pool.threads.take_what_waits() and waits:
+            waits.pop()
+            pool.start()
+
+    pool = pool_of(most, lambda: None, next_work, start_waiting)
+    for _ in range(20):
+        pool.start()
+        pool.wait_for(1)
+        comes.append(None)
+        pool.start()
+        pool.wait_for(2)
 
 
 def test_a_session_is_as_new_only_while_nothing_was_done_with_it(sqlite: Database) -> None:
