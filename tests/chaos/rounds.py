@@ -192,39 +192,35 @@ class Rounds:
         self.settle()
 
     def _suspend(self) -> None:
-        """Stop the worker with the most runs until the others run its jobs: once it goes on, it gives them up."""
-        count = self.workers.slots * (len(self.workers.alive) - 1) // 2 * 2
-        self._begin([MeetParts("suspend"), MeetWrite("suspend")] * (count // 2))
-        if self._meet("suspend", count, PATIENCE):
-            self.left_out, lost = self._busiest("suspend")
-            if not self._stop_until(lambda: len(self._present("suspend")) == count):
-                self.violations.append(
-                    "round suspend: the jobs of a stopped worker did not run again"
-                )
-            zombie, self.left_out = self.left_out.popen.pid, None
-            if not _wait_for(lambda: len(self._present("suspend")) == count, PATIENCE):
-                self.violations.append(
-                    f"round suspend: worker {zombie} still runs some of {len(lost)} jobs that were taken from it"
-                )
-        signs.open_(self.workers.folder, "suspend")
-        self.settle()
-
-    def _stop_until(self, condition: Callable[[], bool]) -> bool:
-        """Stop the worker that is left out for long enough, and let it go on.
+        """Stop the worker with the most runs until the others run its jobs: once it goes on, it gives them up.
 
         Again when it was stopped in the midst of a transaction: it keeps what that has locked, its own row maybe,
-        and on SQLite the whole database.
+        and on SQLite the whole database. With other jobs, since one that is lost twice waits for a worker without any.
         """
-        assert self.left_out is not None
         usual = 2 * self.lease + LOOK + SWEEP
-        for bound in (usual, usual, usual, usual, death_bound(self.lease) + SWEEP):
-            self.left_out.popen.send_signal(signal.SIGSTOP)
-            is_true = _wait_for(condition, bound)
-            self.left_out.popen.send_signal(signal.SIGCONT)
-            if is_true:
-                return True
-            time.sleep(0.5)
-        return False
+        bounds = (usual, usual, usual, usual, death_bound(self.lease) + SWEEP)
+        if not any(self._replace(f"suspend{n}", bound) for n, bound in enumerate(bounds)):
+            self.violations.append("round suspend: the jobs of a stopped worker did not run again")
+
+    def _replace(self, round_: str, bound: float) -> bool:
+        """Stop the worker with the most runs for so long at most; tell whether the others came to run its jobs."""
+        count = self.workers.slots * (len(self.workers.alive) - 1) // 2 * 2
+        self._begin([MeetParts(round_), MeetWrite(round_)] * (count // 2))
+        is_replaced = self._meet(round_, count, PATIENCE)
+        if is_replaced:
+            stopped, lost = self._busiest(round_)
+            self.left_out = stopped
+            stopped.popen.send_signal(signal.SIGSTOP)
+            is_replaced = _wait_for(lambda: len(self._present(round_)) == count, bound)
+            stopped.popen.send_signal(signal.SIGCONT)
+            self.left_out = None
+            if is_replaced and not _wait_for(lambda: len(self._present(round_)) == count, PATIENCE):
+                self.violations.append(
+                    f"round {round_}: worker {stopped.popen.pid} still runs some of {len(lost)} jobs that were taken from it"
+                )
+        signs.open_(self.workers.folder, round_)
+        self.settle()
+        return is_replaced
 
     def _busiest(self, round_: str) -> tuple[Process, set[str]]:
         """Return the worker that has the most jobs of the round, and these."""
