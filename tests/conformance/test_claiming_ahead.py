@@ -264,7 +264,7 @@ def test_runs_that_block_after_many_quick_ones_have_a_thread_each(row_locks: Dat
         add(row_locks, *[Quick(0)] * 300, *[Quick(1)] * 10)
     assert Worker(app, drain=True, concurrency=10).run()
     assert states(row_locks) == {"succeeded": 930}
-    assert max(threads.values()) > 300
+    assert max(threads.values()) > 180, "twice its share"
 
 
 def test_a_queue_runs_no_more_at_once_than_it_may(
