@@ -1,5 +1,6 @@
 """A table of the user's refers to jobs: what that refuses or locks holds up nothing else."""
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -270,7 +271,7 @@ def test_what_happens_to_such_a_job_in_the_midst_of_a_claim(
         if "referred to" in meanwhile:
             other.execute(select(Job.id).where(Job.id == job_id).with_for_update(**KEY_SHARE)).all()
         holder.rollback()
-        got = {each.job_id: each.payload["n"] for each in claim.result(60)}
+        got = {each.job_id: json.loads(each.payload)["n"] for each in claim.result(60)}
     expected = {first: 0, job_id: 7 if meanwhile == "changed" else 1, last: 2}
     if meanwhile not in ("nothing", "changed"):
         del expected[job_id]
