@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, literal, select
+from sqlalchemy import NullPool, create_engine, literal, select
 
 from sqlalchemy_jobs import patterns
 from sqlalchemy_jobs.errors import ConfigurationError
@@ -73,7 +73,7 @@ def test_the_database_decides_as_python_does(
 ) -> None:
     """And names that are no names of queues do no harm."""
     chosen = ["".join(each) for each in given] or ["*"]
-    with create_engine("sqlite://").connect() as connection:
+    with create_engine("sqlite://", poolclass=NullPool).connect() as connection:
         for queue in queues:
             of_sql = connection.scalar(select(patterns.fitting(chosen, literal(queue))))
             assert of_sql == patterns.serves(chosen, queue)
