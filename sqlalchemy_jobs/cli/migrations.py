@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from alembic.config import Config
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError, rev_id
 from sqlalchemy import Connection, Engine, inspect
 from sqlalchemy.exc import DBAPIError
 
@@ -22,6 +19,7 @@ from sqlalchemy_jobs.migrations.versions import VERSIONS, layout, tables_in
 from sqlalchemy_jobs.tables import schema_of
 
 if TYPE_CHECKING:
+    from alembic.script import ScriptDirectory
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 
@@ -148,6 +146,8 @@ def migration(
 
     It becomes the head of the environment. Where there is none, the revision is printed.
     """
+    from alembic.util import CommandError, rev_id  # not in a worker, which would keep it in memory
+
     try:
         scripts = _scripts(ini, directory)
         if start is None:
@@ -231,6 +231,9 @@ def downgrade() -> None:
 
 
 def _scripts(ini: Path | None, directory: Path | None) -> ScriptDirectory | None:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
     if directory is not None:
         return ScriptDirectory(str(directory))
     if ini is None and not Path("alembic.ini").is_file():
