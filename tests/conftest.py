@@ -1,11 +1,14 @@
 """The databases as fixtures. A test that takes `database` runs on each of the three."""
 
+import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import URL
 
+from tests import pooling
 from tests.databases import NAMES, Database, Databases, EmbeddedPostgres
 
 
@@ -85,3 +88,13 @@ def embedded_postgresql(databases: Databases, postgresql: Database) -> EmbeddedP
     if databases.embedded_postgresql is None:
         pytest.skip("SAJOBS_TEST_POSTGRESQL_URL names a server that is not ours to restart")
     return databases.embedded_postgresql
+
+
+@pytest.fixture
+def pooled(postgresql: Database) -> Iterator[URL]:
+    """PgBouncer in transaction mode in front of the server."""
+    program = shutil.which("pgbouncer")
+    if program is None:
+        pytest.skip("pgbouncer is not installed")
+    with pooling.pooled(program, postgresql.url) as url:
+        yield url

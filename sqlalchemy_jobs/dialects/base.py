@@ -652,10 +652,10 @@ class Dialect(ABC):
         locked = session.scalars(free.with_for_update(skip_locked=True), bind_arguments=TO_JOB)
         return set(locked)
 
-    def completing_commit(self, connection: Connection, claim: Claim) -> str | None:
-        """Return a statement that completes a run and commits, in one round trip; None: it takes two here.
+    def completing_commit(self, connection: Connection, claim: Claim) -> Callable[[], None] | None:
+        """Return what completes a run and commits, in one round trip; None: it takes two here.
 
-        Without parameters. It raises, and commits nothing, when the run does not own its job.
+        It raises, by the driver, and commits nothing, when the run does not own its job.
         """
         return None
 

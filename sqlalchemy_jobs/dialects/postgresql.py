@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from operator import itemgetter
 from typing import Any
 
@@ -47,6 +47,7 @@ from sqlalchemy_jobs.dialects.base import (
     claim_of,
     waited_in_vain,
 )
+from sqlalchemy_jobs.dialects.completing import LEASE_LOST, Completing
 from sqlalchemy_jobs.dialects.listening import CHANNEL_OF_TABLE, Listening, table_of
 from sqlalchemy_jobs.errors import EngineError, MigrationError
 from sqlalchemy_jobs.inserts import HEARD
@@ -66,6 +67,7 @@ _CONFLICTS = (
     "40001",  # serialization failure
     "40P01",  # deadlock detected
     "55P03",  # lock not available
+    "26000",  # no such prepared statement: a pooler that was not noticed has gone to another session
 )
 
 CANCEL_TIMEOUT = 5.0
@@ -211,18 +213,6 @@ RETURNING {claimed}, limit_key
 """
 _CLAIMED = """id, attempt, kind, queue, CAST(payload AS text) AS payload, failures, max_attempts, headers, crashes, scheduled_at,
   priority, CAST(extract(epoch FROM run_at) * 1000000 AS bigint) AS run_at"""
-_LEASE_LOST = "sajobs: another run owns the job"
-# One simple query of two statements: one round trip, and no COMMIT is sent for an error. The fence has to raise:
-# no rows would be no error. Both ids are UUID objects, so nothing is to be escaped.
-_COMPLETE_AND_COMMIT = f"""
-WITH completed AS (
-  UPDATE {{jobs}} SET state = 'succeeded', worker_id = NULL, result = NULL,
-    unique_slot = CASE WHEN unique_states & {JobState.SUCCEEDED.bit} <> 0 THEN unique_slot END,
-    started_at = coalesce(started_at, clock_timestamp()), finished_at = clock_timestamp()
-  WHERE id = '{{job_id}}' AND attempt = {{attempt}} AND worker_id = '{{worker_id}}' RETURNING 1)
-SELECT CAST(CASE count(*) WHEN 1 THEN '1' ELSE '{_LEASE_LOST}' END AS int) FROM completed;
-COMMIT
-"""
 _RING = f"""
 SELECT pg_notify({CHANNEL_OF_TABLE}, queue)
 FROM unnest(CAST(:queues AS varchar[])) AS queue WHERE {HEARD}
@@ -517,22 +507,15 @@ class PostgreSQL(Dialect):
             .values(**final(JobState.SUCCEEDED), **BEGUN)
         )
 
-    def completing_commit(self, connection: Connection, claim: Claim) -> str | None:
+    def completing_commit(self, connection: Connection, claim: Claim) -> Callable[[], None] | None:
         # psycopg 3 sees that the transaction has ended and sends no second COMMIT; other drivers would, or refuse
         # two statements.
         if connection.dialect.driver not in ("psycopg", "psycopg_async"):
             return None
-        schema = schema_of(connection)
-        table = jobs.name if schema is None else f'"{_doubled(schema)}".{jobs.name}'
-        return _COMPLETE_AND_COMMIT.format(
-            jobs=table,
-            job_id=claim.job_id,
-            attempt=claim.attempt,
-            worker_id=claim.worker_id,
-        )
+        return partial(Completing.of(connection).commit, schema_of(connection), claim)
 
     def is_lease_lost(self, error: BaseException) -> bool:
-        return _LEASE_LOST in str(getattr(error, "orig", None))
+        return LEASE_LOST in str(getattr(error, "orig", None))
 
     def migrating_alone(
         self, connection: Connection, schema: str | None

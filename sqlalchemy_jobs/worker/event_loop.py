@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from sqlalchemy_jobs.app import AsyncSessions, Handler
@@ -21,7 +22,7 @@ from sqlalchemy_jobs.errors import RunInterrupted
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.tables import TO_JOB
 from sqlalchemy_jobs.worker.control import Control
-from sqlalchemy_jobs.worker.executors import Opened, Supervisor, Work
+from sqlalchemy_jobs.worker.executors import Opened, Reserve, Supervisor, Work
 from sqlalchemy_jobs.worker.handling import Handling
 from sqlalchemy_jobs.worker.loops import LoopThread
 
@@ -33,18 +34,18 @@ class Async:
 
     def __init__(self, sessions: AsyncSessions) -> None:
         self._sessions = sessions
-        self._as_new: list[Opened] = []
+        self._reserve = Reserve(AsyncSession)
         self._closing: set[asyncio.Future[None]] = set()  # the loop itself refers to them weakly
 
-    def open(self) -> Opened:
-        if self._as_new:
-            return self._as_new.pop()
-        session = self._sessions()
-        return Opened(session.sync_session, session, AsyncSession)
+    def open(self, handler: Handler) -> Opened:
+        return self._reserve.take(handler, self._made)
 
-    def close(self, opened: Opened) -> None:
-        if opened.is_as_new():
-            self._as_new.append(opened)
+    def _made(self) -> tuple[Session, AsyncSession]:
+        session = self._sessions()
+        return session.sync_session, session
+
+    def close(self, opened: Opened, handler: Handler) -> None:
+        if self._reserve.takes(opened, handler):
             return
         # A task that was cancelled may be cancelled again: the connection must go back all the same.
         closing = asyncio.ensure_future(opened.argument.close())
@@ -117,14 +118,11 @@ class EventLoop:
     def check(self, check: Callable[[Connection], None]) -> None:
         """Apply a check to a connection such as handlers get; called from another thread."""
 
-        def on_loop() -> None:
-            opened = self._colour.open()
-            try:
-                check(opened.session.connection(bind_arguments=TO_JOB))
-            finally:
-                self._colour.close(opened)
+        async def on_loop() -> None:
+            async with self._sessions() as session:
+                await session.run_sync(lambda sync: check(sync.connection(bind_arguments=TO_JOB)))
 
-        asyncio.run_coroutine_threadsafe(greenlet_spawn(on_loop), self._loop).result()
+        asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result()
 
     def stop(self) -> None:
         if self._own:

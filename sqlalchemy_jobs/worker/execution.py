@@ -310,10 +310,8 @@ def _warn_of_two_databases(watch: guard.Watch, handler: Handler) -> None:
 
 
 def _warn_of_long_write(session: Session, handler: Handler, held_since: float | None) -> None:
-    if held_since is None or session.get_bind(Job).dialect.name != "sqlite":
-        return
-    held = time.monotonic() - held_since
-    if held > LONG_WRITE:
+    held = 0.0 if held_since is None else time.monotonic() - held_since
+    if held > LONG_WRITE and session.get_bind(Job).dialect.name == "sqlite":
         log.warning(
             "%s held SQLite's only write lock for %.0f s, and everybody else waited: use the session "
             'last, or register the handler with transaction="manual"',

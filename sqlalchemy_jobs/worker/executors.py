@@ -42,6 +42,8 @@ T = TypeVar("T")
 Work = tuple[Run, Handler]
 QUICK = 0.0001
 """Seconds within which a run is quick: one thread takes all of those, others would only take the interpreter from it."""
+REST = 20
+"""Of how many runs of a handler it is not asked whether they left their sessions as new, after one did not."""
 LOOK = 0.001
 """Seconds between two looks whether that thread has gone on to another run."""
 LOOKS = 3
@@ -52,15 +54,20 @@ Finish = Callable[[Run, Transition | None], None]
 
 
 class Opened:
-    """A session for a run, and what the handler gets for it: ``base`` is SQLAlchemy's class of that."""
+    """A session for a run, and what the handler gets for it: ``base`` is SQLAlchemy's class of that.
 
-    def __init__(self, session: Session, argument: Any, base: type[Any]) -> None:
+    ``base`` is None where it serves one run only.
+    """
+
+    def __init__(self, session: Session, argument: Any, base: type[Any] | None) -> None:
         self.session = session
         self.argument = argument
-        self._is_plain = all(
+        self._may_serve_again = base is not None and all(
             type(each).__init__ is own.__init__ and type(each).close is own.close
             for each, own in ((session, Session), (argument, base))
         )
+        if not self._may_serve_again:
+            return
         session.info  # noqa: B018 (it is made by the first look at it)
         self._attributes = [vars(each) for each in dict.fromkeys((session, argument))]
         self._were = [each.copy() for each in self._attributes]
@@ -76,14 +83,46 @@ class Opened:
         than SQLAlchemy's own. A transaction leaves an attribute behind, and without one there is nothing in the
         identity map.
         """
-        return self._is_plain and self._attributes == self._were and self._dicts == self._held
+        return (
+            self._may_serve_again and self._attributes == self._were and self._dicts == self._held
+        )
+
+
+class Reserve:
+    """Sessions that served a run and are as new: the next one may have them."""
+
+    def __init__(self, base: type[Any]) -> None:
+        self._base = base
+        self._as_new: deque[Opened] = deque()
+        self._rests: dict[str, int] = {}
+        """By kind: of how many runs more the sessions are not looked at."""
+
+    def take(self, handler: Handler, make: Callable[[], tuple[Session, Any]]) -> Opened:
+        try:
+            return self._as_new.pop()
+        except IndexError:
+            session, argument = make()
+        kind = handler.declaration.kind
+        if rest := self._rests.get(kind, 0):
+            self._rests[kind] = rest - 1
+        return Opened(session, argument, None if rest else self._base)
+
+    def takes(self, opened: Opened, handler: Handler) -> bool:
+        """Keep a session if it is as new; else it is to be closed."""
+        if opened.is_as_new():
+            self._as_new.append(opened)
+            return True
+        kind = handler.declaration.kind
+        if not self._rests.get(kind):
+            self._rests[kind] = REST
+        return False
 
 
 class Colour(Protocol):
     """How sync or async code opens a session, calls a handler and waits for something that blocks."""
 
-    def open(self) -> Opened: ...
-    def close(self, opened: Opened) -> None: ...
+    def open(self, handler: Handler) -> Opened: ...
+    def close(self, opened: Opened, handler: Handler) -> None: ...
     def caller(self, handler: Handler, argument: Any) -> Callable[[Any], Any]: ...
     def handling(self, run: Run, control: Control) -> Handling: ...
     def block(self, function: Callable[[], T]) -> T: ...
@@ -95,24 +134,24 @@ class Sync:
     def __init__(self, sessions: SyncSessions) -> None:
         self._sessions = sessions
         self._scoped = sessions if isinstance(sessions, scoped_session) else None
-        self._as_new: deque[Opened] = deque()
+        self._reserve = Reserve(Session)
 
-    def open(self) -> Opened:
-        try:
-            return self._as_new.pop()
-        except IndexError:
-            session = self.make()
-        if self._scoped is not None:
-            # Helpers that use the global session must write into this transaction.
-            self._scoped.registry.set(session)
-        return Opened(session, session, Session)
+    def open(self, handler: Handler) -> Opened:
+        if self._scoped is None:
+            return self._reserve.take(handler, self._made)
+        session = self.make()
+        # Helpers that use the global session must write into this transaction.
+        self._scoped.registry.set(session)
+        return Opened(session, session, None)
 
-    def close(self, opened: Opened) -> None:
+    def _made(self) -> tuple[Session, Session]:
+        session = self.make()
+        return session, session
+
+    def close(self, opened: Opened, handler: Handler) -> None:
         if self._scoped is not None:
             self._scoped.remove()  # closes it, too
-        elif opened.is_as_new():
-            self._as_new.append(opened)
-        else:
+        elif not self._reserve.takes(opened, handler):
             opened.session.close()
 
     def make(self) -> Session:
@@ -224,7 +263,7 @@ class Supervisor:
                     payloads = batches.payloads_of(run, handler, self._end_apart)
                     if not payloads:
                         return None
-                opened = colour.open()
+                opened = colour.open(handler)
                 try:
                     call = colour.caller(handler, opened.argument)
                     call = execution.through(self._app.middlewares, run, call)
@@ -233,7 +272,7 @@ class Supervisor:
                         work = partial(batches.work, payloads, handler, call)
                     return execution.perform(opened.session, handling, handler, work)
                 finally:
-                    colour.close(opened)
+                    colour.close(opened, handler)
             except LeaseLost:
                 had = len(run.claims)
                 still_owned = self._still_owned(run, colour)

@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session, SessionTransaction
@@ -28,12 +29,16 @@ from sqlalchemy_jobs.worker.handling import Handling
 _KEY = "sqlalchemy_jobs.watch"
 _COMMIT = "sqlalchemy_jobs.commit"
 _listening = threading.Lock()
+_listened: WeakSet[Engine] = WeakSet()
+"""The engines whose commits are listened to: to ask SQLAlchemy costs more than the rest."""
 
 
 class Watch:
     """What is known of one run's session, which it watches for the length of the run."""
 
     __slots__ = (
+        "_bind",
+        "_connection",
         "_dialect",
         "_ended",
         "_session",
@@ -55,6 +60,9 @@ class Watch:
         self.databases: set[Engine] = set()
         """The engines that its transactions have used."""
         self._ended: str | None = None
+        self._bind: Any = None
+        self._connection: Connection | None = None
+        """On which its transaction uses the database with the jobs, by an engine that is the session's."""
         self._dialect: Dialect | None = None
         self.has_completed = False
         """Whether the completion was sent with the commit."""
@@ -80,22 +88,25 @@ class Watch:
 
     def completes_by_its_commit(self, transition: object) -> bool:
         """Have the commit carry the completion, where that saves a round trip, and tell whether it does."""
-        if transition is not transitions.complete or self._session.twophase:
-            return False
-        if not isinstance(self._session.get_bind(Job), Engine):
-            return False  # the commit of a connection that was begun outside is not the session's
-        connection = self._session.connection(bind_arguments=TO_JOB)
-        if len(self.databases) > 1:
+        connection = self._connection
+        if (
+            transition is not transitions.complete
+            or connection is None
+            or self._session.twophase
+            or len(self.databases) > 1
+        ):
             return False
         dialect = dialects.named(connection.dialect.name)
-        statement = dialect.completing_commit(connection, self.handling.run.claim)
-        if statement is None:
+        complete = dialect.completing_commit(connection, self.handling.run.claim)
+        if complete is None:
             return False
-        with _listening:  # while one thread begins to listen, another one is told that it does
-            if not event.contains(connection.engine, "commit", _on_commit):
-                event.listen(connection.engine, "commit", _on_commit)
+        if connection.engine not in _listened:
+            with _listening:  # while one thread begins to listen, another one is told that it does
+                if not event.contains(connection.engine, "commit", _on_commit):
+                    event.listen(connection.engine, "commit", _on_commit)
+                _listened.add(connection.engine)
         # For this transaction only: should the commit fail before it gets there, others will use the connection.
-        connection.info[_COMMIT] = connection.get_transaction(), statement, self
+        connection.info[_COMMIT] = connection.get_transaction(), complete, self
         self._dialect = dialect
         return True
 
@@ -111,10 +122,20 @@ class Watch:
             self._ended = "called session.commit()"
             self.check()
 
+    def after_begin(self, connection: Connection) -> None:
+        if self._bind is None:
+            self._bind = self._session.get_bind(Job)
+        self.began_at = self.began_at or time.monotonic()
+        self.databases.add(connection.engine)
+        # Where the session is bound to a connection that was begun outside, the commit is not the session's.
+        if connection.engine is self._bind:
+            self._connection = connection
+            self.handling.uses(connection)
+
     def after_end(self) -> None:
         if not self.settling:
             self._ended = self._ended or "called session.rollback() or session.close() and returned"
-        self.began_at = None
+        self.began_at = self._connection = None
 
     def _refuse_a_commit_of_the_dead(self, session: Session) -> None:
         if self.handling.interrupted:
@@ -149,32 +170,20 @@ def install() -> None:
 
 def _on_commit(connection: Connection) -> None:
     """Commit by a statement of ours: what the driver sends next finds no transaction."""
-    transaction, statement, watch = connection.info.pop(_COMMIT, (None, "", None))
+    transaction, complete, watch = connection.info.pop(_COMMIT, (None, None, None))
     if transaction is not None and transaction is connection.get_transaction():
         watch.has_completed = True
         try:
-            _execute(connection, statement)
-        except BaseException:
-            # SQLAlchemy takes a commit that raises for the end of the transaction.
-            if not connection.invalidated:
-                with suppress(Exception):
-                    connection.connection.rollback()
-            raise
-
-
-def _execute(connection: Connection, statement: str) -> None:
-    """Execute it by the driver itself: SQLAlchemy's way takes twice as long, and would have it prepared, as two
-    statements cannot be, where ``prepare_threshold=0`` says so.
-    """
-    driver: Any = connection.connection.dbapi_connection
-    try:
-        if connection.dialect.is_async:
-            driver.run_async(lambda driver: driver.execute(statement, prepare=False))
-        else:
-            driver.execute(statement, prepare=False)
-    except BaseException as error:
-        # As for any statement: wrapped, and a connection that broke, or was cancelled at it, leaves the pool.
-        connection._handle_dbapi_exception(error, statement, None, None, None)
+            complete()
+        except BaseException as error:
+            try:
+                # As for any statement: wrapped, and a connection that broke, or was cancelled at it, leaves the pool.
+                connection._handle_dbapi_exception(error, "COMMIT", None, None, None)
+            finally:
+                # SQLAlchemy takes a commit that raises for the end of the transaction.
+                if not connection.invalidated:
+                    with suppress(Exception):
+                        connection.connection.rollback()
 
 
 def _before_commit(session: Session) -> None:
@@ -186,10 +195,7 @@ def _before_commit(session: Session) -> None:
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     watch: Watch | None = session.info.get(_KEY)
     if watch is not None:
-        watch.began_at = watch.began_at or time.monotonic()
-        watch.databases.add(connection.engine)
-        if connection.engine is session.get_bind(Job):
-            watch.handling.uses(connection)
+        watch.after_begin(connection)
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:

@@ -18,9 +18,10 @@ import traceback
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 from sqlalchemy import Connection, event
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 from sqlalchemy_jobs.errors import RunInterrupted
 from sqlalchemy_jobs.runs import Run
@@ -29,6 +30,9 @@ from sqlalchemy_jobs.worker.control import Control
 log = logging.getLogger("sqlalchemy_jobs")
 
 _KEY = "sqlalchemy_jobs.handling"
+_listening = threading.Lock()
+_listened: WeakSet[Pool] = WeakSet()
+"""The pools whose check-ins are listened to: to ask SQLAlchemy costs more than the rest."""
 
 
 class Handling(ABC):
@@ -122,8 +126,11 @@ class ThreadHandling(Handling):
         if connection.info.get(_KEY):
             return
         # A handler may give its connection back while it is at work, for another run to take.
-        if not event.contains(connection.engine.pool, "checkin", _left):
-            event.listen(connection.engine.pool, "checkin", _left)
+        if (pool := connection.engine.pool) not in _listened:
+            with _listening:
+                if not event.contains(pool, "checkin", _left):
+                    event.listen(pool, "checkin", _left)
+                _listened.add(pool)
         cancellable = self._control.dialect.cancellable(connection)
         with self._lock:
             self._cancellable.append(cancellable)

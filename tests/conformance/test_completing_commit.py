@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select, text
+from sqlalchemy import URL, event, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -192,3 +192,131 @@ def test_the_first_commits_of_many_threads_complete_their_runs(
         assert ended == [("succeeded", 1)] * 50
         assert len(session.scalars(select(Effect)).all()) == 50
     assert "did not go along" not in caplog.text
+
+
+# --- it is prepared, where that is safe ----------------------------------------------------------------
+
+PREPARED = text(
+    "SELECT sum(generic_plans + custom_plans) FROM pg_prepared_statements WHERE name ~ 'sajobs_complete'"
+)
+
+
+class Ended:
+    """Jobs that were run one after the other on the one connection of a pool, and what became of them."""
+
+    def __init__(
+        self,
+        database: Database,
+        is_async: bool,
+        use: Callable[[Session, int], None] = lambda session, number: None,
+        *,
+        url: URL | None = None,
+        discards: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0}
+        calls: list[int] = []
+        app: JobApp[Any, Any]
+
+        def work(session: Session, number: int) -> None:
+            calls.append(number)
+            session.add(Effect(note=str(number)))
+            session.flush()
+            use(session, len(calls))
+            plans.append(session.scalar(PREPARED) or 0)
+
+        plans: list[int] = []
+        engine: Any
+        if is_async:
+            engine = database.async_engine(url, **options)
+            app = JobApp(async_sessionmaker(engine))
+
+            @app.handler(Act)
+            async def handler(session: AsyncSession, payload: Act) -> None:
+                await session.run_sync(work, payload.n)
+        else:
+            engine = database.engine(url, **options)
+            app = JobApp(sessionmaker(engine))
+
+            @app.handler(Act)
+            def handler(session: Session, payload: Act) -> None:
+                work(session, payload.n)
+
+        if discards:
+
+            @event.listens_for(getattr(engine, "sync_engine", engine), "checkin")
+            def discard(connection: Any, record: Any) -> None:
+                connection.autocommit = True
+                cursor = connection.cursor()
+                cursor.execute("DISCARD ALL")
+                cursor.close()
+                connection.autocommit = False
+
+        with database.sessions().begin() as session:
+            session.add_all(enqueue(Act(n), max_attempts=2) for n in range(6))
+        assert Worker(app, drain=True, concurrency=1).run()
+        self.plans = plans
+        """How often the prepared statement had been executed before each call."""
+        with database.sessions()() as session:
+            states = session.scalars(select(Job.state)).all()
+            effects = sorted(session.scalars(select(Effect.note)))
+        assert (states, effects) == (["succeeded"] * 6, [str(n) for n in range(6)])
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def is_async(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def test_the_second_and_all_further_completions_of_a_connection_are_prepared(
+    postgresql: Database, is_async: bool
+) -> None:
+    assert Ended(postgresql, is_async).plans == [0, 0, 1, 2, 3, 4]
+
+
+def test_a_handler_that_fails_costs_the_prepared_statement_and_no_run(
+    postgresql: Database, is_async: bool
+) -> None:
+    """psycopg has the server forget all statements after a rollback."""
+
+    def fail(session: Session, call: int) -> None:
+        session.scalar(text("SELECT 1"))
+        if call == 4:
+            raise RuntimeError
+
+    assert len(Ended(postgresql, is_async, fail).plans) == 6
+
+
+@pytest.mark.parametrize("forget", ["DISCARD ALL", "DEALLOCATE ALL"])
+def test_no_run_fails_for_a_statement_that_its_session_has_forgotten(
+    postgresql: Database, is_async: bool, forget: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where psycopg does not notice, one handler is called again at once, and then nothing is prepared any more."""
+
+    def use(session: Session, call: int) -> None:
+        driver: Any = session.connection().connection.driver_connection
+        if forget == "DEALLOCATE ALL" and call > 3:
+            driver.pgconn.exec_(forget.encode())
+
+    ended = Ended(postgresql, is_async, use, discards=forget == "DISCARD ALL")
+    assert len(ended.plans) == 7 and ended.plans[-3:] == [0, 0, 0]
+    assert not [each for each in caplog.records if each.levelname in ("WARNING", "ERROR")]
+
+
+def test_behind_a_pooler_nothing_is_prepared(
+    postgresql: Database, pooled: URL, is_async: bool
+) -> None:
+    def use(session: Session, call: int) -> None:
+        assert session.scalar(PREPARED) is None
+
+    Ended(postgresql, is_async, use, url=pooled)
+
+
+def test_where_psycopg_is_to_prepare_nothing_nothing_is_prepared(postgresql: Database) -> None:
+    engine = postgresql.engine(connect_args={"prepare_threshold": None}, pool_size=1)
+    app: JobApp[Any, Any] = JobApp(sessionmaker(engine))
+    app.handler(Act)(write)
+    with postgresql.sessions().begin() as session:
+        session.add_all(enqueue(Act(n)) for n in range(3))
+    assert Worker(app, drain=True, concurrency=1).run()
+    with engine.connect() as connection:
+        assert connection.scalar(PREPARED) is None

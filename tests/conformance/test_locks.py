@@ -1,12 +1,8 @@
 """The lock beside the lease: who holds it, who may conclude from its absence, and where there is none."""
 
 import logging
-import os
-import shutil
 import signal
 import socket
-import subprocess
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -32,7 +28,6 @@ from sqlalchemy_jobs.worker.maintenance import Maintenance
 from sqlalchemy_jobs.worker.settings import Settings
 from tests.databases import Database
 from tests.processes import workers
-from tests.proxy import Proxy
 
 LEASE = timedelta(minutes=10)
 
@@ -417,38 +412,6 @@ def test_an_observer_whose_renewal_failed_waits_until_the_others_are_back(
 
 
 # --- where there is none ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pooled(postgresql: Database) -> Iterator[URL]:
-    """PgBouncer in transaction mode in front of the server."""
-    program = shutil.which("pgbouncer")
-    if program is None:
-        pytest.skip("pgbouncer is not installed")
-    server = Proxy(postgresql.url)  # it listens on TCP
-    login = f"user={server.url.username or 'postgres'}"
-    if server.url.password:
-        login += f" password={server.url.password}"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        (folder / "ini").write_text(
-            f"[databases]\n* = host=127.0.0.1 port={server.url.port} {login}\n[pgbouncer]\n"
-            f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
-            "auth_type = any\npool_mode = transaction\nserver_tls_sslmode = disable\n"
-        )
-        user = {"user": "nobody"} if os.geteuid() == 0 else {}  # it refuses to run as root
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen([program, folder / "ini"], stderr=log, **user)  # type: ignore[call-overload]
-        try:
-            until(lambda: "process up" in (folder / "log").read_text())
-            yield server.url.set(port=port)
-        finally:
-            process.terminate()
-            process.wait(20)
-            server.stop()
 
 
 def test_a_worker_behind_a_pooler_lives_by_its_lease(
