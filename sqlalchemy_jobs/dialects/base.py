@@ -12,24 +12,15 @@ from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
 from sqlalchemy import (
-    BindParameter,
     ColumnElement,
     Connection,
-    Executable,
-    FromClause,
     Integer,
-    Select,
-    String,
     TableClause,
     and_,
     bindparam,
-    case,
     exists,
-    func,
-    literal_column,
     or_,
     select,
-    type_coerce,
     union_all,
     update,
 )
@@ -41,25 +32,21 @@ from sqlalchemy_jobs.claims import (
     Claim,
     Due,
     Lane,
-    LimitedKey,
-    LimitedLane,
     Mark,
     Wanted,
 )
-from sqlalchemy_jobs.columns import server_now, utc_datetime
+from sqlalchemy_jobs.columns import server_now
+from sqlalchemy_jobs.dialects.claiming import CLAIMED, NEVER_ALONE, TAKE, claim_of, lock_live_worker
+from sqlalchemy_jobs.dialects.limits import LimitStatements
+from sqlalchemy_jobs.dialects.sessions import Ear, SessionLocks
 from sqlalchemy_jobs.errors import UnsupportedServer
-from sqlalchemy_jobs.states import JobState, WorkerState
+from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.tables import (
     BEGUN,
     IS_READY,
-    IS_RUNNING,
     TO_JOB,
     final,
-    is_limited,
     jobs,
-    limits,
-    slot_in,
-    workers,
 )
 
 MIGRATION_WAIT = 60
@@ -70,94 +57,14 @@ HEAD = 100
 
 Transaction: TypeAlias = Callable[[Callable[[Session], Any]], Any]
 
-CLAIMED = (
-    jobs.c.id,
-    jobs.c.attempt,
-    jobs.c.kind,
-    jobs.c.queue,
-    type_coerce(jobs.c.payload, String),
-    jobs.c.failures,
-    jobs.c.max_attempts,
-    jobs.c.headers,
-    jobs.c.crashes,
-    jobs.c.scheduled_at,
-    jobs.c.priority,
-    jobs.c.run_at,
-)
-
 _LONG_AGO = datetime(1, 1, 1, tzinfo=UTC)
-LIMITED = jobs.c["id", "limit_key", "queue", "priority", "run_at", "kind", "crashes"]
 
-_NEVER_ALONE: BindParameter[Any] = bindparam("never_alone", expanding=True)
-_ALIVE = (
-    select(workers.c.id)
-    .where(workers.c.id == bindparam("worker_id"), workers.c.state == WorkerState.ALIVE.value)
-    .with_for_update(read=True, key_share=True)
-)
-_TAKE = (
-    update(jobs)
-    .where(jobs.c.id.in_(bindparam("ids", expanding=True)))
-    .values(
-        state=JobState.RUNNING.value,
-        attempt=jobs.c.attempt + 1,
-        worker_id=bindparam("by_worker"),
-        unique_slot=slot_in(JobState.RUNNING),
-        started_at=server_now(),
-    )
-)
 _SUCCEED_LOCKED = (
     update(jobs)
     .where(jobs.c.id.in_(bindparam("ids", expanding=True)))
     .values(**final(JobState.SUCCEEDED), **BEGUN)
 )
-_TAKE_AHEAD = _TAKE.values(started_at=None)
-_TAKE_LIMITED = _TAKE.values(started_at=bindparam("began_at", type_=utc_datetime()))
-
-
-class SessionLocks(ABC):
-    """Locks that belong to a session of the server, which frees them when the session's client is gone."""
-
-    limits: ClassVar[Executable]
-    """Ends the session after ``seconds`` without a statement, or when its client does not answer."""
-    session: ClassVar[ColumnElement[int]]
-    """The number of the session, as the server says it."""
-    server_start: ClassVar[ColumnElement[datetime]]
-    """When this server was started: its locks of before are gone."""
-    is_free: ClassVar[ColumnElement[bool]]
-    """Whether nobody holds the lock of a worker, by its row."""
-
-    @abstractmethod
-    def session_of(self, driver: Any) -> int | None:
-        """Return the number of the session as the driver was told when it connected; None: it does not say."""
-
-    @abstractmethod
-    def take(self, worker_id: uuid.UUID) -> ColumnElement[bool]:
-        """Take a worker's lock, without waiting for it."""
-
-
-class Ear(ABC):
-    """A session that the server tells of new jobs. Its connection must stay open, and is used for nothing else."""
-
-    @abstractmethod
-    def __init__(
-        self, connection: Connection, rung: Callable[[str], None], ended: Callable[[], None]
-    ) -> None:
-        """Begin. ``rung`` will be called with a queue, or with "" for any; ``ended`` when the session has ended, where
-        there is no socket that says so. Both perhaps in another thread.
-        """
-
-    @property
-    @abstractmethod
-    def socket(self) -> int | None:
-        """What becomes readable when there is something to take in; None: that happens by itself."""
-
-    @abstractmethod
-    def take_in(self) -> None:
-        """Call ``rung`` for what has come. Raises what the driver does when the session has ended."""
-
-    @abstractmethod
-    def check(self, connection: Connection) -> None:
-        """Raise when the session has ended or does not hear of these tables any more."""
+_TAKE_AHEAD = TAKE.values(started_at=None)
 
 
 class Dialect(ABC):
@@ -170,20 +77,17 @@ class Dialect(ABC):
     """Whether a transaction keeps all others from writing: then nobody can take what its worker runs."""
     stale_reads: ClassVar[bool] = False
     """Whether a plain SELECT may see less than an INSERT or UPDATE of the same transaction did."""
-    single_statements: ClassVar[bool] = False
-    """Whether a claim, a renewal and a completion of many are one statement each."""
+    level_of_a_statement: ClassVar[ColumnElement[str] | None] = None
+    """The isolation level of a statement outside a transaction, where a claim, a renewal and a completion of many are
+    one statement each; None: they are several."""
     concurrency: ClassVar[int] = 10
     """How many runs at once, unless the user says otherwise."""
     session_locks: ClassVar[SessionLocks | None] = None
     """None: whether a worker lives is known by its lease only."""
-    claimed: ClassVar[Sequence[Any]] = CLAIMED
-    """The columns of a claimed job; its payload as text."""
+    limits: ClassVar[LimitStatements] = LimitStatements()
+    """For jobs that count against limits."""
     ear: ClassVar[type[Ear] | None] = None
     """None: the server tells nobody of new jobs."""
-
-    def level_of_a_statement(self, session: Session) -> str:
-        """Return the isolation level of a statement outside a transaction."""
-        raise NotImplementedError
 
     # --- claiming ---------------------------------------------------------------------------------
 
@@ -233,7 +137,7 @@ class Dialect(ABC):
 
     def claim(self, session: Session, wanted: Wanted) -> list[Claim]:
         """Lock the due jobs lane by lane, then update them all."""
-        if not self.lock_live_worker(session, wanted.worker_id):
+        if not lock_live_worker(session, wanted.worker_id):
             return []
         rows: list[Any] = []
         rooms = wanted.rooms()
@@ -254,7 +158,7 @@ class Dialect(ABC):
         if not rows:
             return []
         ids = sorted(row.id for row in rows)
-        take = _TAKE_AHEAD if wanted.ahead else _TAKE
+        take = _TAKE_AHEAD if wanted.ahead else TAKE
         session.execute(take, {"ids": ids, "by_worker": wanted.worker_id}, bind_arguments=TO_JOB)
         return [claim_of(row, row.attempt + 1, wanted.worker_id) for row in rows]
 
@@ -320,9 +224,7 @@ class Dialect(ABC):
         # The clock in a sub-select is read once, and so bounds the scan on PostgreSQL too.
         now = select(server_now()).scalar_subquery()
         head = self._due_in_lane(select(jobs.c.kind, jobs.c.crashes), now).limit(HEAD).subquery()
-        return select(
-            exists().where(head.c.crashes >= ALONE_FROM, head.c.kind.not_in(_NEVER_ALONE))
-        )
+        return select(exists().where(head.c.crashes >= ALONE_FROM, head.c.kind.not_in(NEVER_ALONE)))
 
     def _due_in_lanes(self, count: int) -> Any:
         """Select the first due jobs of each of so many lanes of a queue."""
@@ -365,7 +267,7 @@ class Dialect(ABC):
     @cached_property
     def _due(self) -> Any:
         return self._due_where(
-            or_(jobs.c.crashes < bindparam("crashed"), jobs.c.kind.in_(_NEVER_ALONE))
+            or_(jobs.c.crashes < bindparam("crashed"), jobs.c.kind.in_(NEVER_ALONE))
         )
 
     @cached_property
@@ -374,7 +276,7 @@ class Dialect(ABC):
 
     @cached_property
     def _due_suspect(self) -> Any:
-        return self._due_where(and_(jobs.c.crashes >= ALONE_FROM, jobs.c.kind.not_in(_NEVER_ALONE)))
+        return self._due_where(and_(jobs.c.crashes >= ALONE_FROM, jobs.c.kind.not_in(NEVER_ALONE)))
 
     def _due_where(self, condition: Any) -> Any:
         """Lock and return the due jobs of one lane, the longest due first."""
@@ -398,209 +300,6 @@ class Dialect(ABC):
 
     def _by_ready_index(self, statement: Any) -> Any:
         return statement.where(IS_READY)
-
-    def lock_live_worker(self, session: Session, worker_id: uuid.UUID) -> bool:
-        """Share-lock the worker's row until the transaction ends; False when it is declared dead."""
-        alive = session.execute(_ALIVE, {"worker_id": worker_id}, bind_arguments=TO_JOB)
-        return alive.first() is not None
-
-    # --- claiming what counts against limits --------------------------------------------------------
-
-    def limited_lanes(self, session: Session, after: str, most: int) -> list[LimitedLane]:
-        """Return so many lanes of jobs that count against keys behind ``after``; locks nothing.
-
-        By one descent of the index for each, as ``lanes``.
-        """
-        rows: list[Any] = []
-        step: dict[str, Any] = {"of_key": after}
-        follow: Sequence[Any] = self._limited_steps[-1:]
-        while len(rows) < most and (row := self._first_row(session, follow, step)) is not None:
-            rows.append(row)
-            step = {"of_key": row.limit_key, "of_queue": row.queue, "of_priority": row.priority}
-            follow = self._limited_steps
-        keys = sorted({row.limit_key for row in rows})
-        known = {
-            row.limit_key: row
-            for row in session.execute(self._standing, {"keys": keys}, bind_arguments=TO_JOB)
-        }
-        return [limited_lane(row, known.get(row.limit_key)) for row in rows]
-
-    def _first_row(
-        self, session: Session, statements: Sequence[Any], parameters: dict[str, Any]
-    ) -> Any:
-        found = (session.execute(each, parameters, bind_arguments=TO_JOB) for each in statements)
-        return next((row for rows in found if (row := rows.first()) is not None), None)
-
-    @cached_property
-    def _limited_steps(self) -> tuple[Any, ...]:
-        """The lane that follows a lane: in its queue, in its key, in the next key."""
-        job = jobs.alias()
-        key, priority = bindparam("of_key", type_=String), bindparam("of_priority", type_=Integer)
-        behind = select(job.c.limit_key).where(
-            is_limited(job, JobState.READY), job.c.limit_key > key
-        )
-        next_key = self._by_limited_index(behind, job).order_by(job.c.limit_key).limit(1)
-        lane = select(*LIMITED, server_now().label("now")).where(is_limited(jobs, JobState.READY))
-        lane = self._by_limited_index(lane, jobs).limit(1)
-        in_key = lane.where(jobs.c.limit_key == key)
-        queue = bindparam("of_queue", type_=String)
-        of_queue = jobs.c["priority", "run_at", "id"]
-        return (
-            # Not by the queue too: MariaDB would sort.
-            in_key.where(jobs.c.queue == queue, jobs.c.priority > priority).order_by(*of_queue),
-            in_key.where(jobs.c.queue > queue).order_by(jobs.c.queue, *of_queue),
-            lane.where(jobs.c.limit_key == next_key.scalar_subquery()).order_by(
-                jobs.c.queue, *of_queue
-            ),
-        )
-
-    @cached_property
-    def _standing(self) -> Any:
-        running = self._running_of(limits.c.limit_key).label("running")
-        found = select(limits.c.limit_key, limits.c.next_at, running)
-        return found.where(limits.c.limit_key.in_(bindparam("keys", expanding=True)))
-
-    def ordered_heads(self, session: Session, keys: Sequence[str]) -> list[LimitedLane]:
-        """Return the oldest ready job of each of these keys: no other of the key may begin."""
-        found = session.execute(self._heads, {"keys": keys}, bind_arguments=TO_JOB)
-        known = {row.head: row for row in found if row.head is not None}
-        heads = session.execute(self._jobs, {"ids": sorted(known)}, bind_arguments=TO_JOB)
-        return [limited_lane(row, known[row.id]) for row in heads]
-
-    def _running_of(self, key: Any) -> Any:
-        """Count the running jobs of a key."""
-        job = jobs.alias()
-        running = select(func.count()).where(
-            is_limited(job, JobState.RUNNING), job.c.limit_key == key
-        )
-        return self._by_limited_index(running, job).scalar_subquery()
-
-    @cached_property
-    def _heads(self) -> Any:
-        key, job = limits.c.limit_key, jobs.alias()
-        # The last condition is that of the index of ordered keys.
-        ready = and_(is_limited(job, JobState.READY), job.c.limit_key > literal_column("''"))
-        head = select(job.c.id).where(ready, job.c.limit_key == key).order_by(job.c.id).limit(1)
-        head = self._by_limited_index(head, job, "sajobs_job_ordered")
-        return self._standing.add_columns(head.scalar_subquery().label("head"))
-
-    @cached_property
-    def _jobs(self) -> Any:
-        found = select(*LIMITED, server_now().label("now"))
-        return found.where(jobs.c.id.in_(bindparam("ids", expanding=True)))
-
-    def claim_limited(
-        self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey], began_at: datetime
-    ) -> dict[str, list[Claim]]:
-        """Lock due jobs of keys whose rows are locked, as many as may run beside those that do; update them all.
-
-        The running ones must be counted by a statement that begins after the rows were locked.
-        """
-        if not keys or not self.lock_live_worker(session, wanted.worker_id):
-            return {}
-        rows: list[Any] = []
-        rooms = wanted.rooms()
-        kinds = {
-            "kinds": wanted.kinds,
-            "never_alone": wanted.never_alone,
-            "is_suspect": int(wanted.suspects),
-        }
-        ordered = [each.key for each in keys if each.numbers.ordered]
-        heads = self._free_heads(session, ordered) if ordered else {}
-        for each in keys:
-            pool = wanted.pool(each.queue)
-            most = min(each.most, rooms[pool], wanted.total - len(rows))
-            if each.numbers.ordered:
-                of_key: list[dict[str, Any]] = (
-                    [{"head": heads[each.key]}] if each.key in heads else []
-                )
-                due = self._due_head
-            else:
-                if (allowed := each.numbers.concurrency) is not None and most > 0:
-                    running = session.scalar(
-                        self._running_now, {"of_key": each.key}, bind_arguments=TO_JOB
-                    )
-                    most = min(most, allowed - (running or 0))
-                of_key = [{"of_key": each.key, "of_priority": n} for n in each.priorities]
-                due = self._due_limited
-            for which in of_key:
-                if most > 0:
-                    found = session.execute(
-                        due,
-                        {**which, **kinds, "of_queue": each.queue, "most": most},
-                        bind_arguments=TO_JOB,
-                    ).all()
-                    rows += found
-                    rooms[pool] -= len(found)
-                    most -= len(found)
-        claims: dict[str, list[Claim]] = {}
-        if rows:
-            values = {"by_worker": wanted.worker_id, "began_at": began_at}
-            ids = sorted(row.id for row in rows)
-            session.execute(_TAKE_LIMITED, {"ids": ids, **values}, bind_arguments=TO_JOB)
-        for row in rows:
-            claim = claim_of(row, row.attempt + 1, wanted.worker_id)
-            claims.setdefault(row.limit_key, []).append(claim)
-        return claims
-
-    def running_in(self, session: Session, queue: str) -> int:
-        """Count the running jobs of a queue."""
-        running = session.scalar(self._running_in, {"of_queue": queue}, bind_arguments=TO_JOB)
-        return running or 0
-
-    @cached_property
-    def _running_in(self) -> Any:
-        running = select(func.count()).where(
-            jobs.c.worker_id.is_not(None), IS_RUNNING, jobs.c.queue == bindparam("of_queue")
-        )
-        return self._by_limited_index(running, jobs, "sajobs_job_running")
-
-    def _free_heads(self, session: Session, keys: Sequence[str]) -> dict[str, uuid.UUID]:
-        """Return the oldest ready job of each of these keys of which none is running."""
-        found = session.execute(self._heads, {"keys": keys}, bind_arguments=TO_JOB)
-        return {row.limit_key: row.head for row in found if row.head and not row.running}
-
-    @cached_property
-    def _running_now(self) -> Any:
-        return select(self._running_of(bindparam("of_key", type_=String)))
-
-    @cached_property
-    def _due_limited(self) -> Any:
-        due: Any = select(*self.claimed, jobs.c.limit_key)
-        due = due.where(
-            is_limited(jobs, JobState.READY),
-            jobs.c.limit_key == bindparam("of_key"),
-            jobs.c.priority == bindparam("of_priority"),
-        )
-        by_index = self._by_limited_index(due.order_by(jobs.c.run_at, jobs.c.id), jobs)
-        return self._due_and_wanted(by_index)
-
-    @cached_property
-    def _due_head(self) -> Any:
-        head = select(*self.claimed, jobs.c.limit_key).where(
-            is_limited(jobs, JobState.READY), jobs.c.id == bindparam("head")
-        )
-        return self._due_and_wanted(head)
-
-    def _due_and_wanted(self, statement: Any) -> Any:
-        must_be_alone = and_(jobs.c.crashes >= ALONE_FROM, jobs.c.kind.not_in(_NEVER_ALONE))
-        return (
-            statement.where(
-                jobs.c.queue == bindparam("of_queue"),
-                jobs.c.run_at <= server_now(),
-                jobs.c.kind.in_(bindparam("kinds", expanding=True)),
-                case((must_be_alone, literal_column("1")), else_=literal_column("0"))
-                == bindparam("is_suspect", type_=Integer),
-            )
-            .limit(bindparam("most", type_=Integer))
-            .with_for_update(key_share=True, skip_locked=True)
-        )
-
-    def _by_limited_index(
-        self, statement: Select[Any], job: FromClause, index: str = "sajobs_job_limited"
-    ) -> Select[Any]:
-        """Have the server go by an index of jobs that count against limits, where it must be told."""
-        return statement
 
     # --- completing -------------------------------------------------------------------------------
 
@@ -715,30 +414,6 @@ class Dialect(ABC):
                 f"the server is {self.label} {_dotted(found)}: {self.why_oldest} "
                 f"{self.label} {_dotted(self.oldest)} or newer"
             )
-
-
-def limited_lane(row: Any, known: Any) -> LimitedLane:
-    """Make a LimitedLane of its first job and of what is known of its key; None: nothing yet."""
-
-    def until(when: datetime) -> float:
-        return float((when - row.now).total_seconds())
-
-    return LimitedLane(
-        row.limit_key,
-        row.queue,
-        row.priority,
-        until(row.run_at),
-        row.kind,
-        row.crashes,
-        known.running if known else 0,
-        until(known.next_at) if known and known.next_at else 0.0,
-        known is not None,
-    )
-
-
-def claim_of(row: Any, attempt: int, worker_id: uuid.UUID) -> Claim:
-    """Make a Claim of a row that begins with the ``CLAIMED`` columns."""
-    return Claim(row[0], attempt, worker_id, *row[2 : len(CLAIMED)])
 
 
 def waited_in_vain(where: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 from sqlalchemy.util import await_only
 
-from sqlalchemy_jobs.dialects.base import Ear
+from sqlalchemy_jobs.dialects.sessions import Ear
 from sqlalchemy_jobs.inserts import CHANNEL
 from sqlalchemy_jobs.tables import jobs, schema_of
 

@@ -30,10 +30,11 @@ from sqlalchemy_jobs.columns import utc_datetime
 from sqlalchemy_jobs.dialects.base import (
     MIGRATION_WAIT,
     Dialect,
-    SessionLocks,
     Transaction,
     waited_in_vain,
 )
+from sqlalchemy_jobs.dialects.limits import LimitStatements
+from sqlalchemy_jobs.dialects.sessions import SessionLocks
 from sqlalchemy_jobs.errors import EngineError, MigrationError
 from sqlalchemy_jobs.tables import IS_READY, TO_JOB, jobs, workers
 
@@ -95,23 +96,32 @@ class NamedLocks(SessionLocks):
 _LOCKS = NamedLocks()
 
 
+def _by_index(
+    statement: Select[Any], job: FromClause, index: str = "sajobs_job_limited"
+) -> Select[Any]:
+    for name in ("mysql", "mariadb"):
+        statement = statement.with_hint(job, f"FORCE INDEX ({index})", name)
+    return statement
+
+
+class MySQLLimits(LimitStatements):
+    def _by_index(
+        self, statement: Select[Any], job: FromClause, index: str = "sajobs_job_limited"
+    ) -> Select[Any]:
+        return _by_index(statement, job, index)
+
+
 class MySQL(Dialect):
     label = "MySQL"
     oldest: ClassVar[tuple[int, ...]] = (8, 0, 1)
     why_oldest = "claiming needs SKIP LOCKED, which came with"
     stale_reads = True
     session_locks = _LOCKS
+    limits = MySQLLimits()
 
     def _by_ready_index(self, statement: Any) -> Any:
         # Only this index separates jobs without a limit from those that wait behind one.
-        return self._by_limited_index(statement, jobs).where(IS_READY)
-
-    def _by_limited_index(
-        self, statement: Select[Any], job: FromClause, index: str = "sajobs_job_limited"
-    ) -> Select[Any]:
-        for name in ("mysql", "mariadb"):
-            statement = statement.with_hint(job, f"FORCE INDEX ({index})", name)
-        return statement
+        return _by_index(statement, jobs).where(IS_READY)
 
     @contextmanager
     def migrating_alone(self, connection: Connection, schema: str | None) -> Iterator[None]:

@@ -10,7 +10,17 @@ from typing import Any
 from sqlalchemy import Connection, FromClause, Select, TableClause, literal_column
 
 from sqlalchemy_jobs.dialects.base import Dialect, Transaction
+from sqlalchemy_jobs.dialects.limits import LimitStatements
 from sqlalchemy_jobs.tables import IS_READY, jobs
+
+
+class SQLiteLimits(LimitStatements):
+    def _by_index(
+        self, statement: Select[Any], job: FromClause, index: str = "sajobs_job_limited"
+    ) -> Select[Any]:
+        # The last condition: as the first one it would be what the index is searched for, and the result sorted.
+        of_index = job.c.state.in_([literal_column("'ready'"), literal_column("'running'")])
+        return statement.where(of_index)
 
 
 class SQLite(Dialect):
@@ -19,18 +29,12 @@ class SQLite(Dialect):
     why_oldest = "partial indexes and the clock functions in use need"
     one_writer = True
     concurrency = 1
+    limits = SQLiteLimits()
 
     def _by_ready_index(self, statement: Any) -> Any:
         # The planner takes a partial index only where its own condition is among those of the query.
         of_index = jobs.c.state.in_([literal_column("'ready'"), literal_column("'blocked'")])
         return statement.where(IS_READY, of_index)
-
-    def _by_limited_index(
-        self, statement: Select[Any], job: FromClause, index: str = "sajobs_job_limited"
-    ) -> Select[Any]:
-        # The last condition: as the first one it would be what the index is searched for, and the result sorted.
-        of_index = job.c.state.in_([literal_column("'ready'"), literal_column("'running'")])
-        return statement.where(of_index)
 
     def migrating_alone(
         self, connection: Connection, schema: str | None

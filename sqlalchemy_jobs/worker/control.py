@@ -7,10 +7,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import dialects, sqlite
+from sqlalchemy_jobs.tables import TO_JOB
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.loops import LoopThread
 
@@ -61,8 +62,11 @@ class Control:
         That saves the round trips of BEGIN and COMMIT; and a process that is stopped between two statements
         leaves no transaction open, for which others would have to wait.
         """
-        if self.dialect.single_statements and self._level_of_a_statement is None:
-            self._level_of_a_statement = self.transaction(self.dialect.level_of_a_statement)
+        level = self.dialect.level_of_a_statement
+        if level is not None and self._level_of_a_statement is None:
+            self._level_of_a_statement = self.transaction(
+                lambda session: session.scalar(select(level), bind_arguments=TO_JOB)
+            )
         if self._level_of_a_statement != "read committed":
             return self.transaction(work)
         return self._retried(work, self._autocommitting)

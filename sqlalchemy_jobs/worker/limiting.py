@@ -12,7 +12,7 @@ from functools import partial
 
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import dialects, transitions
+from sqlalchemy_jobs import dialects, limited
 from sqlalchemy_jobs.app import Handler
 from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Lane, LimitedKey, LimitedLane, Wanted
 from sqlalchemy_jobs.limits import UNLIMITED, Numbers, key_of_queue, name_of
@@ -122,13 +122,13 @@ class Limiting:
         if pool is None or not self.may_begin(queue) or not (wanted.lanes or keys):
             return []
         if key not in self._queues:
-            self._control.transaction(partial(transitions.add_keys, keys=[key]))
+            self._control.transaction(partial(limited.add_keys, keys=[key]))
             self._queues.add(key)
         total = min(wanted.total, free)
         most = -(-total // max(len(keys), 1))
         found = self._control.transaction(
             partial(
-                transitions.claim_queue,
+                limited.claim_queue,
                 wanted=replace(wanted, room={queue: rooms[pool]}, total=total),
                 queue=queue,
                 numbers=self._controls.queue(queue).numbers,
@@ -215,17 +215,17 @@ class Limiting:
 
     def _lanes(self, session: Session) -> list[LimitedLane]:
         """Return the next lanes that are ours; of an ordered key that of its oldest job."""
-        dialect = dialects.of(session)
-        found = dialect.limited_lanes(session, self._cursor, LANES)
+        statements = dialects.of(session).limits
+        found = statements.lanes(session, self._cursor, LANES)
         self._cursor = found[-1].key if len(found) == LANES else ""
         ours = [each for each in found if self._is_ours(each)]
         if new := {each.key for each in ours if not each.is_known}:
-            transitions.add_keys(session, new)
+            limited.add_keys(session, new)
         ordered = {each.key for each in ours if self._numbers_of(each.key).ordered}
         if not ordered:
             return ours
         opens = {each.key: each.opens for each in ours}
-        heads = dialect.ordered_heads(session, sorted(ordered))
+        heads = statements.ordered_heads(session, sorted(ordered))
         return [each for each in ours if each.key not in ordered] + [
             each._replace(opens=opens[each.key]) for each in heads if self._is_ours(each)
         ]
@@ -295,7 +295,7 @@ class Limiting:
         most = -(-total // len(picked))
         found = self._control.transaction(
             partial(
-                transitions.claim_limited,
+                limited.claim,
                 wanted=replace(
                     wanted,
                     room={queue: rooms[pool] for queue, pool in pools.items()},

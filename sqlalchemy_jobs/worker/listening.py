@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from sqlalchemy import Connection, select
 
-from sqlalchemy_jobs.dialects.base import Ear, SessionLocks
+from sqlalchemy_jobs.dialects.sessions import Ear, SessionLocks
 from sqlalchemy_jobs.inserts import SCHEDULES
 from sqlalchemy_jobs.worker.availability import brief, is_lost
 from sqlalchemy_jobs.worker.control import Control

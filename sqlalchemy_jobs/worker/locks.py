@@ -13,7 +13,7 @@ from sqlalchemy import Connection, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs.dialects.base import SessionLocks
+from sqlalchemy_jobs.dialects.sessions import SessionLocks
 from sqlalchemy_jobs.worker.availability import brief, is_lost
 from sqlalchemy_jobs.worker.control import Control
 

@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import Engine, create_engine, event, select, update
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import Job, WorkerRow, cancel, dialects, requeue, sqlite, transitions
+from sqlalchemy_jobs import Job, WorkerRow, cancel, dialects, limited, requeue, sqlite, transitions
 from sqlalchemy_jobs.claims import Claim, LimitedKey, Wanted
 from sqlalchemy_jobs.limits import Numbers, Rate, key_of_queue
 from sqlalchemy_jobs.transitions import Failure
@@ -49,16 +49,16 @@ NUMBERS = Numbers(concurrency=1, rate=Rate(1000, timedelta(minutes=1)))
 
 def claim_limited(session: Session, claim: Claim) -> Any:
     session.execute(update(Job).where(Job.id == claim.job_id).values(limit_key="note"))
-    transitions.add_keys(session, ["note"])
+    limited.add_keys(session, ["note"])
     wanted = Wanted(claim.worker_id, ["note"], (), {"default": 1}, 1)
     key = LimitedKey("note", "default", [0], NUMBERS, 1)
-    return transitions.claim_limited(session, wanted, [key])
+    return limited.claim(session, wanted, [key])
 
 
 def claim_queue(session: Session, claim: Claim) -> Any:
-    transitions.add_keys(session, [key_of_queue("default")])
+    limited.add_keys(session, [key_of_queue("default")])
     wanted = Wanted(claim.worker_id, ["note"], [("default", 0)], {"default": 1}, 1)
-    return transitions.claim_queue(session, wanted, "default", NUMBERS, [])
+    return limited.claim_queue(session, wanted, "default", NUMBERS, [])
 
 
 def rescue(session: Session, claim: Claim) -> Any:

@@ -26,6 +26,7 @@ from sqlalchemy_jobs import (
     dialects,
     enqueue_many,
     job,
+    limited,
     pause_kind,
     pause_queue,
     resume_kind,
@@ -103,7 +104,7 @@ class LimitBench(Bench):
         session: Session, worker: uuid.UUID, keys: Sequence[str], numbers: Numbers, most: int = 10
     ) -> list[Claim]:
         kinds = ["three", "charge", "call", "step"]
-        found = transitions.claim_limited(
+        found = limited.claim(
             session,
             Wanted(worker, kinds, (), {"default": most}, most),
             [LimitedKey(key, "default", [0], numbers, most) for key in keys],
@@ -116,7 +117,7 @@ class LimitBench(Bench):
 
         def add_keys(session: Session) -> None:
             keys = set(session.scalars(select(Job.limit_key))) - {None}
-            transitions.add_keys(session, [key for key in keys if key])
+            limited.add_keys(session, [key for key in keys if key])
 
         self.do(add_keys)
         return ids
@@ -243,7 +244,7 @@ def test_without_the_lock_of_its_row_a_key_would_be_exceeded(
 ) -> None:
     """So the tests above would see it."""
     unlocked = select(limits.c.limit_key, limits.c.used, server_now().label("now"))
-    monkeypatch.setattr(transitions, "_LOCK_KEYS", unlocked)
+    monkeypatch.setattr(limited, "_LOCK_KEYS", unlocked)
     bench = LimitBench(row_locks)
     bench.add_limited(*(Three(n) for n in range(8)))
     with _open_claim(bench, row_locks, THREE):
@@ -548,14 +549,15 @@ def test_an_app_without_limits_pays_nothing(database: Database) -> None:
     plain = Counting(app, Plain)
     add(database, *(Plain(n) for n in range(50)))
     looks: list[str] = []
-    find = type(dialects.named(database.name)).limited_lanes
+    statements = type(dialects.named(database.name).limits)
+    find = statements.lanes
 
     def noted(*args: Any) -> Any:
         looks.append("look")
         return find(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(dialects.named(database.name)), "limited_lanes", noted)
+        patch.setattr(statements, "lanes", noted)
         assert Worker(app, drain=True).run()
     assert len(plain.ran) == 50 and looks == ["look"]
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import event, text, update
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs import Job, Limit, dialects, enqueue_many, job, transitions
+from sqlalchemy_jobs import Job, Limit, dialects, enqueue_many, job, limited, transitions
 from sqlalchemy_jobs.claims import LimitedKey, Wanted
 from sqlalchemy_jobs.limits import Numbers
 from sqlalchemy_jobs.worker import leases
@@ -190,17 +190,17 @@ def test_what_counts_against_limits_is_looked_for_and_claimed_through_its_indexe
             lambda _, cursor, sql, values, context, many: sent.setdefault(sql, values),
         )
         dialect = dialects.of(session)
-        lanes = dialect.limited_lanes(session, "", 200)
+        lanes = dialect.limits.lanes(session, "", 200)
         assert len(lanes) == 42 and lanes[0].due > 0 and lanes[1].due <= 0
         keys = [each.key for each in lanes]
-        transitions.add_keys(session, keys)
+        limited.add_keys(session, keys)
         wanted = Wanted(worker, ["keyed"], (), {"default": 60}, 60)
         for numbers in (Numbers(concurrency=1), Numbers(concurrency=1, ordered=True)):
             of_keys = [LimitedKey(key, "default", [-1, 0], numbers, 2) for key in sorted({*keys})]
-            claimed = transitions.claim_limited(session, wanted, of_keys)
+            claimed = limited.claim(session, wanted, of_keys)
             assert len(claimed) == (0 if numbers.ordered else 41)
-        assert len(dialect.ordered_heads(session, ["keyed/hot", "keyed/k1"])) == 2
-        assert dialect.running_in(session, "default") == 41
+        assert len(dialect.limits.ordered_heads(session, ["keyed/hot", "keyed/k1"])) == 2
+        assert dialect.limits.running_in(session, "default") == 41
         explain = "EXPLAIN QUERY PLAN" if database.name == "sqlite" else "EXPLAIN"
         for sql, values in list(sent.items()):
             if "sajobs_job" in sql and not sql.startswith("INSERT"):
