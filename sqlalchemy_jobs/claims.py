@@ -46,6 +46,8 @@ class LimitedLane(NamedTuple):
     """When its rate lets the next one begin; 0 or less: it does."""
     is_known: bool
     """Whether there is a row to lock for the key."""
+    has_more: bool
+    """Whether the lane has more than one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class LimitedKey:
     numbers: Numbers
     most: int
     """How many jobs, whatever its limit allows."""
+    has_more: bool = True
+    """Whether more than one was seen."""
 
 
 ALONE_FROM = 2

@@ -31,11 +31,13 @@ from sqlalchemy_jobs.dialects.claiming import (
     claim_of,
     lock_live_worker,
 )
+from sqlalchemy_jobs.inserts import insert_missing
 from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.tables import IS_RUNNING, TO_JOB, is_limited, jobs, limits
 
 _LANE = jobs.c["id", "limit_key", "queue", "priority", "run_at", "kind", "crashes"]
 _TAKE = TAKE.values(started_at=bindparam("began_at", type_=utc_datetime()))
+_ADD_KEYS = insert_missing(limits).values(limit_key=bindparam("of_key"), used_at=server_now())
 
 
 class LimitStatements:
@@ -52,22 +54,25 @@ class LimitStatements:
         rows: list[Any] = []
         step: dict[str, Any] = {"of_key": after}
         follow: Sequence[Any] = self._steps[-1:]
-        while len(rows) < most and (row := self._first_row(session, follow, step)) is not None:
-            rows.append(row)
+        while len(rows) < most and (first := self._first_rows(session, follow, step)):
+            row = first[0]
+            lanes = {(each.limit_key, each.queue, each.priority) for each in first}
+            rows.append((row, len(lanes) < len(first)))
             step = {"of_key": row.limit_key, "of_queue": row.queue, "of_priority": row.priority}
             follow = self._steps
-        keys = sorted({row.limit_key for row in rows})
+        keys = sorted({row.limit_key for row, _ in rows})
         known = {
             row.limit_key: row
             for row in session.execute(self._standing, {"keys": keys}, bind_arguments=TO_JOB)
         }
-        return [_lane(row, known.get(row.limit_key)) for row in rows]
+        return [_lane(row, known.get(row.limit_key), has_more=more) for row, more in rows]
 
-    def _first_row(
+    def _first_rows(
         self, session: Session, statements: Sequence[Any], parameters: dict[str, Any]
-    ) -> Any:
+    ) -> Sequence[Any]:
+        """Return the first two rows of the first of these statements that has any."""
         found = (session.execute(each, parameters, bind_arguments=TO_JOB) for each in statements)
-        return next((row for rows in found if (row := rows.first()) is not None), None)
+        return next((rows for each in found if (rows := each.all())), ())
 
     @cached_property
     def _steps(self) -> tuple[Any, ...]:
@@ -79,7 +84,7 @@ class LimitStatements:
         )
         next_key = self._by_index(behind, job).order_by(job.c.limit_key).limit(1)
         lane = select(*_LANE, server_now().label("now")).where(is_limited(jobs, JobState.READY))
-        lane = self._by_index(lane, jobs).limit(1)
+        lane = self._by_index(lane, jobs).limit(2)
         in_key = lane.where(jobs.c.limit_key == key)
         queue = bindparam("of_queue", type_=String)
         of_queue = jobs.c["priority", "run_at", "id"]
@@ -103,7 +108,7 @@ class LimitStatements:
         found = session.execute(self._heads, {"keys": keys}, bind_arguments=TO_JOB)
         known = {row.head: row for row in found if row.head is not None}
         heads = session.execute(self._jobs, {"ids": sorted(known)}, bind_arguments=TO_JOB)
-        return [_lane(row, known[row.id]) for row in heads]
+        return [_lane(row, known[row.id], has_more=False) for row in heads]
 
     def _running_of(self, key: Any) -> Any:
         """Count the running jobs of a key."""
@@ -126,6 +131,11 @@ class LimitStatements:
     def _jobs(self) -> Any:
         found = select(*_LANE, server_now().label("now"))
         return found.where(jobs.c.id.in_(bindparam("ids", expanding=True)))
+
+    def add_keys(self, session: Session, keys: Sequence[str]) -> None:
+        """Make the rows of keys that have none; another worker may do the same."""
+        rows = [{"of_key": key} for key in keys]
+        session.execute(_ADD_KEYS, rows, bind_arguments=TO_JOB)
 
     def claim(
         self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey], began_at: datetime
@@ -180,6 +190,12 @@ class LimitStatements:
             claim = claim_of(row, row.attempt + 1, wanted.worker_id)
             claims.setdefault(row.limit_key, []).append(claim)
         return claims
+
+    def claim_and_commit(
+        self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey]
+    ) -> dict[str, list[Claim]] | None:
+        """Lock the rows of keys, claim as above and commit, in one round trip; None: it takes several here."""
+        return None
 
     def running_in(self, session: Session, queue: str) -> int:
         """Count the running jobs of a queue."""
@@ -241,7 +257,7 @@ class LimitStatements:
         return statement
 
 
-def _lane(row: Any, known: Any) -> LimitedLane:
+def _lane(row: Any, known: Any, *, has_more: bool) -> LimitedLane:
     """Make a LimitedLane of its first job and of what is known of its key; None: nothing yet."""
 
     def until(when: datetime) -> float:
@@ -257,4 +273,5 @@ def _lane(row: Any, known: Any) -> LimitedLane:
         known.running if known else 0,
         until(known.next_at) if known and known.next_at else 0.0,
         known is not None,
+        has_more,
     )

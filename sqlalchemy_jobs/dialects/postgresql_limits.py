@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any
 
 from sqlalchemy import (
     ARRAY,
+    Dialect,
     Integer,
     String,
     TextClause,
@@ -16,8 +21,10 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    event,
     text,
 )
+from sqlalchemy.dialects.postgresql import psycopg
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs.claims import Claim, LimitedKey, LimitedLane, Wanted
@@ -37,11 +44,11 @@ from sqlalchemy_jobs.tables import TO_JOB, jobs
 # none when it has last seen an empty table; of what is running it would then read all, but for a condition that it
 # sees nothing in.
 _LIMITED_LANES = """
-WITH RECURSIVE lane (number, limit_key, queue, priority, run_at, kind, crashes) AS (
-  (SELECT 1, limit_key, queue, priority, run_at, kind, crashes FROM {jobs}
+WITH RECURSIVE lane (number, limit_key, queue, priority, run_at, id, kind, crashes) AS (
+  (SELECT 1, limit_key, queue, priority, run_at, id, kind, crashes FROM {jobs}
    WHERE id = {first_of_key_behind_after} LIMIT 1)
   UNION ALL
-  SELECT here.number + 1, next.limit_key, next.queue, next.priority, next.run_at, next.kind, next.crashes
+  SELECT here.number + 1, next.limit_key, next.queue, next.priority, next.run_at, next.id, next.kind, next.crashes
   FROM lane here CROSS JOIN LATERAL (
     SELECT * FROM {jobs} WHERE id = coalesce(
       (SELECT id FROM {jobs} job
@@ -57,7 +64,10 @@ SELECT lane.limit_key, queue, priority,
   CAST(extract(epoch FROM run_at - clock_timestamp()) AS float8) AS due, kind, crashes,
   (SELECT count(*) FROM {jobs} job WHERE job.limit_key = lane.limit_key AND {is_running}) AS running,
   CAST(coalesce(extract(epoch FROM known.next_at - clock_timestamp()), 0) AS float8) AS opens,
-  known.limit_key IS NOT NULL AS is_known
+  known.limit_key IS NOT NULL AS is_known,
+  EXISTS (SELECT FROM {jobs} job
+    WHERE state = 'ready' AND limit_key IS NOT NULL AND job.limit_key = lane.limit_key AND job.queue = lane.queue
+      AND job.priority = lane.priority AND (job.run_at, job.id) > (lane.run_at, lane.id)) AS has_more
 FROM lane LEFT JOIN {limits} known ON known.limit_key = lane.limit_key
 ORDER BY lane.number
 """
@@ -66,18 +76,27 @@ _FIRST_OF_KEY_BEHIND = """(SELECT id FROM {jobs} job
        SELECT limit_key FROM {jobs} next
        WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key > {behind} ORDER BY limit_key LIMIT 1)
      ORDER BY queue, priority, run_at, id LIMIT 1)"""
+# Lost in a crash of the server they are made again.
+_ADD_KEYS = """
+INSERT INTO {limits} (limit_key, used_at)
+SELECT limit_key, clock_timestamp()
+FROM unnest(CAST(:keys AS varchar[])) AS key (limit_key)
+CROSS JOIN (SELECT set_config('synchronous_commit', 'off', true)) unflushed
+ON CONFLICT DO NOTHING
+"""
 
 # As the claim of lanes, for keys of limits whose rows are locked: what is running is counted by the snapshot of this
 # statement, which is later than the locks. Each key is in one queue here, so none is counted for twice.
 _CLAIM_LIMITED = """
 WITH wanted (pool, room) AS MATERIALIZED (
   SELECT * FROM unnest(CAST(:pools AS varchar[]), CAST(:rooms AS int[]))
-), limited (limit_key, pool, queue, most, allowed) AS MATERIALIZED (
+), limited (limit_key, pool, queue, most, allowed, first, last) AS MATERIALIZED (
   SELECT * FROM unnest(CAST(:keys AS varchar[]), CAST(:key_pools AS varchar[]), CAST(:key_queues AS varchar[]),
-    CAST(:mosts AS int[]), CAST(:allowed AS int[]))
+    CAST(:mosts AS int[]), CAST(:allowed AS int[]), CAST(:firsts AS int[]), CAST(:lasts AS int[]))
+    AS key (limit_key, pool, queue, most, allowed, first, last) {that_is_locked}
 )
 UPDATE {jobs}
-SET state = 'running', attempt = attempt + 1, worker_id = :worker_id, started_at = :began_at,
+SET state = 'running', attempt = attempt + 1, worker_id = :worker_id, started_at = {began_at},
   unique_slot = CASE WHEN unique_states & {running} <> 0 THEN unique_slot END
 WHERE id = ANY (ARRAY(
   SELECT taken.id
@@ -89,23 +108,35 @@ WHERE id = ANY (ARRAY(
     CROSS JOIN LATERAL (
       SELECT least(limited.most, CASE WHEN limited.allowed IS NOT NULL THEN greatest(0, limited.allowed - (
         SELECT count(*) FROM {jobs} job WHERE job.limit_key = limited.limit_key AND {is_running})) END) AS room
+      OFFSET 0  -- or it would count twice
     ) free
     CROSS JOIN LATERAL (
       SELECT job.id
-      FROM unnest(CAST(:lane_keys AS varchar[]), CAST(:lane_priorities AS smallint[])) AS lane (limit_key, priority)
+      FROM unnest((CAST(:lane_priorities AS smallint[]))[limited.first : limited.last]) AS lane (priority)
       CROSS JOIN LATERAL (
         SELECT job.id FROM {jobs} job
-        WHERE job.state = 'ready' AND job.limit_key IS NOT NULL AND job.limit_key = lane.limit_key
+        WHERE job.state = 'ready' AND job.limit_key IS NOT NULL AND job.limit_key = limited.limit_key
           AND job.queue = limited.queue AND job.priority = lane.priority AND job.run_at <= now()
           AND job.kind = ANY (CAST(:kinds AS varchar[]))
           AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
           {and_keys_are_free}
         ORDER BY job.run_at, job.id LIMIT free.room FOR NO KEY UPDATE SKIP LOCKED) job
-      WHERE lane.limit_key = limited.limit_key LIMIT free.room) due
+      LIMIT free.room) due
     WHERE limited.pool = wanted.pool LIMIT wanted.room) taken
   LIMIT :total))
 RETURNING {claimed}, limit_key
 """
+# In one round trip the claim must know which rows were locked by the statement before it, and not by somebody else.
+_LOCK = """
+SELECT set_config('sajobs.locked', CAST(ARRAY(
+  SELECT limit_key FROM {limits} WHERE limit_key = ANY (CAST(:keys AS varchar[])) ORDER BY limit_key
+  FOR NO KEY UPDATE SKIP LOCKED) AS text), true)
+"""
+_THAT_IS_LOCKED = """
+    JOIN unnest(CAST(current_setting('sajobs.locked') AS varchar[])) AS locked (limit_key) USING (limit_key)"""
+_FIRST = "sajobs_first"
+"""The execution option with the statement that goes before."""
+_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 @cache
@@ -118,17 +149,32 @@ def _limited_lanes(schema: str | None) -> TextClause:
 
 
 @cache
-def _claim_limited(schema: str | None, free_slots: bool) -> TextualSelect:
+def _add_keys(schema: str | None) -> TextClause:
+    return text(in_schema(_ADD_KEYS, schema)).bindparams(bindparam("keys", type_=ARRAY(String)))
+
+
+@cache
+def _lock(schema: str | None) -> str:
+    """Return the statement as the driver takes it."""
+    dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
+    return str(text(in_schema(_LOCK, schema)).compile(dialect=dialect))
+
+
+@cache
+def _claim_limited(schema: str | None, free_slots: bool, at_once: bool) -> TextualSelect:
+    statement = _CLAIM_LIMITED.replace("{that_is_locked}", _THAT_IS_LOCKED if at_once else "")
+    statement = statement.replace("{began_at}", "clock_timestamp()" if at_once else ":began_at")
     return (
-        claiming(_CLAIM_LIMITED, schema, free_slots)
+        claiming(statement, schema, free_slots)
         .bindparams(
             bindparam("keys", type_=ARRAY(String)),
             bindparam("key_pools", type_=ARRAY(String)),
             bindparam("key_queues", type_=ARRAY(String)),
             bindparam("mosts", type_=ARRAY(Integer)),
             bindparam("allowed", type_=ARRAY(Integer)),
-            bindparam("lane_keys", type_=ARRAY(String)),
-            bindparam("began_at", type_=utc_datetime()),
+            bindparam("firsts", type_=ARRAY(Integer)),
+            bindparam("lasts", type_=ARRAY(Integer)),
+            *([] if at_once else [bindparam("began_at", type_=utc_datetime())]),
         )
         .columns(*COLUMNS, column("limit_key"))
     )
@@ -145,6 +191,9 @@ class PostgreSQLLimits(LimitStatements):
         )
         return [LimitedLane(*row) for row in found]
 
+    def add_keys(self, session: Session, keys: Sequence[str]) -> None:
+        session.execute(_add_keys(schema_in(session)), {"keys": list(keys)}, bind_arguments=TO_JOB)
+
     def claim(
         self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey], began_at: datetime
     ) -> dict[str, list[Claim]]:
@@ -156,27 +205,79 @@ class PostgreSQLLimits(LimitStatements):
         others = [each for each in keys if not each.numbers.ordered]
         if not others or total <= 0:
             return claims
-        rows = session.execute(
-            _claim_limited(schema_in(session), wanted.free_slots),
-            {
-                "pools": list(rooms),
-                "rooms": list(rooms.values()),
-                "keys": [each.key for each in others],
-                "key_pools": [wanted.pool(each.queue) for each in others],
-                "key_queues": [each.queue for each in others],
-                "mosts": [each.most for each in others],
-                "allowed": [each.numbers.concurrency for each in others],
-                "lane_keys": [each.key for each in others for _ in each.priorities],
-                "lane_priorities": [n for each in others for n in each.priorities],
-                "kinds": list(wanted.kinds),
-                "never_alone": list(wanted.never_alone),
-                "worker_id": wanted.worker_id,
-                "total": total,
-                "suspects": wanted.suspects,
-                "began_at": began_at,
-            },
-            bind_arguments=TO_JOB,
-        ).all()
-        for row in sorted(rows, key=ORDER):
-            claims.setdefault(row.limit_key, []).append(claim_of(row, row[1], wanted.worker_id))
-        return claims
+        statement = _claim_limited(schema_in(session), wanted.free_slots, False)
+        values = _values(replace(wanted, total=total), rooms, others) | {"began_at": began_at}
+        return claims | _claimed(session, wanted, statement, values)
+
+    def claim_and_commit(
+        self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey]
+    ) -> dict[str, list[Claim]] | None:
+        connection = session.connection(bind_arguments=TO_JOB)
+        if not _has_pipeline(connection.dialect):
+            return None
+        if not event.contains(connection.engine, "do_execute", _in_one_round_trip):
+            event.listen(connection.engine, "do_execute", _in_one_round_trip)
+        schema = schema_in(session)
+        lock = _lock(schema), {"keys": [each.key for each in keys]}
+        statement = _claim_limited(schema, wanted.free_slots, True)
+        values = _values(wanted, wanted.rooms(), keys)
+        return _claimed(session, wanted, statement, values, {_FIRST: lock})
+
+
+def _has_pipeline(dialect: Dialect) -> bool:
+    """Tell whether several statements can be sent at once: by psycopg 3, and with a libpq that is not too old."""
+    if dialect.driver != "psycopg" or dialect.is_async:
+        return False
+    from psycopg import capabilities
+
+    return capabilities.has_pipeline()
+
+
+def _values(wanted: Wanted, rooms: Mapping[str, int], keys: Sequence[LimitedKey]) -> dict[str, Any]:
+    lasts = list(accumulate(len(each.priorities) for each in keys))
+    return {
+        "pools": list(rooms),
+        "rooms": list(rooms.values()),
+        "keys": [each.key for each in keys],
+        "key_pools": [wanted.pool(each.queue) for each in keys],
+        "key_queues": [each.queue for each in keys],
+        "mosts": [each.most for each in keys],
+        "allowed": [each.numbers.concurrency for each in keys],
+        "firsts": [last + 1 - len(each.priorities) for each, last in zip(keys, lasts, strict=True)],
+        "lasts": lasts,
+        "lane_priorities": [n for each in keys for n in each.priorities],
+        "kinds": list(wanted.kinds),
+        "never_alone": list(wanted.never_alone),
+        "worker_id": wanted.worker_id,
+        "total": wanted.total,
+        "suspects": wanted.suspects,
+    }
+
+
+def _claimed(
+    session: Session,
+    wanted: Wanted,
+    statement: TextualSelect,
+    values: dict[str, Any],
+    options: Mapping[str, Any] = _NO_OPTIONS,
+) -> dict[str, list[Claim]]:
+    rows = session.execute(
+        statement, values, execution_options=options, bind_arguments=TO_JOB
+    ).all()
+    claims: dict[str, list[Claim]] = {}
+    for row in sorted(rows, key=ORDER):
+        claims.setdefault(row[-1], []).append(claim_of(row, row[1], wanted.worker_id))
+    return claims
+
+
+def _in_one_round_trip(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+    """Execute a claim behind what it must begin with, and commit: of what fails, nothing behind it is done."""
+    first = context.execution_options.get(_FIRST)
+    if first is None:
+        return False
+    with cursor.connection.pipeline():
+        # Not prepared: a plan that was made for few keys would be kept when there are many.
+        cursor.connection.execute(*first, prepare=False)
+        cursor.execute(statement, parameters)
+        cursor.connection.commit()
+    return True

@@ -26,8 +26,8 @@ LANES = 200
 """How many lanes one look goes through."""
 LOOKS = 5
 """How many times in a row it looks on when all keys were blocked; then the other jobs have their turn."""
-KEYS = 50
-"""How many keys one claim locks at most, unless it may bring a job of each of more."""
+KEYS = 10
+"""By how many keys one claim goes at least, if there are so many; by more where they bring too few jobs."""
 SWEEP = 1.0
 """Seconds for which a busy worker may miss a key that is new, or that another worker has made free."""
 LOOKS_SHARE = 20
@@ -83,6 +83,8 @@ class Limiting:
         self._open: OrderedDict[tuple[str, str], LimitedKey] = OrderedDict()
         """By key and queue; the next one to have its turn first."""
         self._blocked: dict[str, list[LimitedKey]] = {}
+        self._of_a_key = 1.0
+        """How many jobs of a key the next claim may expect."""
         self._suspects: dict[str, LimitedKey] = {}
         self._running: Counter[str] = Counter()
         """How many jobs of a key were running when it was looked at, with what was claimed since."""
@@ -253,7 +255,7 @@ class Limiting:
         if due > 0:
             self._due_in_round = min(self._due_in_round, now + due)
             return
-        key = LimitedKey(lane.key, lane.queue, [lane.priority], numbers, 0)
+        key = LimitedKey(lane.key, lane.queue, [lane.priority], numbers, 0, lane.has_more)
         if lane.crashes >= ALONE_FROM and not self._is_never_alone(lane.kind):
             self._suspects[lane.key] = key
         if numbers.concurrency is not None and lane.running >= numbers.concurrency:
@@ -261,7 +263,10 @@ class Limiting:
         else:
             known = self._open.get((lane.key, lane.queue), key)
             priorities = sorted({*known.priorities, lane.priority})
-            self._open[lane.key, lane.queue] = replace(key, priorities=priorities)
+            has_more = lane.has_more or known.has_more or len(priorities) > 1
+            self._open[lane.key, lane.queue] = replace(
+                key, priorities=priorities, has_more=has_more
+            )
 
     def _is_paused(self, lane: LimitedLane) -> bool:
         """Tell whether nothing of a lane is to begin; behind a job of a paused kind there may be others of its limit."""
@@ -284,18 +289,22 @@ class Limiting:
         queues = {queue for _, queue in keys if self._controls.is_plain(queue)}
         pools = self._pools.in_turn(queues, rooms)
         total = min(wanted.total, free)
+        if total <= 0:
+            return []
         picked: dict[str, LimitedKey] = {}
+        expected = 0.0
         for where, each in list(keys.items()):
-            if len(picked) == max(KEYS, total):
+            if len(picked) >= KEYS and expected >= total:
                 break
             if each.queue in pools and each.key not in picked:
                 picked[each.key] = keys.pop(where)
-        if not picked or total <= 0:
+                expected += self._expected(each)
+        if not picked:
             return []
         most = -(-total // len(picked))
         found = self._control.transaction(
             partial(
-                limited.claim,
+                limited.claim_and_commit,
                 wanted=replace(
                     wanted,
                     room={queue: rooms[pool] for queue, pool in pools.items()},
@@ -306,6 +315,8 @@ class Limiting:
             )
         )
         claims = [claim for of_key in found.values() for claim in of_key]
+        if expected >= total:  # a claim that was full may go by half as many keys the next time
+            self._of_a_key = max(len(claims) / len(picked) * (1 + (len(claims) == total)), 1.0)
         left = Counter(rooms)
         left.subtract(pools[claim.queue] for claim in claims)
         for each in reversed(picked.values()):
@@ -315,6 +326,15 @@ class Limiting:
             self._look_at = -math.inf  # the round goes on
         return claims
 
+    def _expected(self, key: LimitedKey) -> float:
+        """Return how many jobs of a key a claim is likely to bring."""
+        if not key.has_more:
+            return 1.0
+        allowed = key.numbers.concurrency
+        return min(
+            self._of_a_key, math.inf if allowed is None else allowed - self._running[key.key]
+        )
+
     def _put_back(self, key: LimitedKey, claims: list[Claim], most: int, had_room: bool) -> None:
         """Keep a key of which there may be more to claim: to have its turn after the others, or when a run has ended."""
         self._running[key.key] += len(claims)
@@ -323,8 +343,7 @@ class Limiting:
             self._ours.update((claim.job_id, key.key) for claim in claims)
         if allowed is not None and self._running[key.key] >= allowed:
             self._blocked.setdefault(key.key, []).append(key)
-        elif not had_room or (len(claims) == most and (most > 1 or not self._cursor)):
-            # Where there are more keys than could be looked at, one that had its only job waits for the next round.
+        elif not had_room if len(claims) < most else most > 1 or key.has_more:
             self._open[key.key, key.queue] = key
             if not claims:  # it had no turn
                 self._open.move_to_end((key.key, key.queue), last=False)

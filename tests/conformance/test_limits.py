@@ -11,8 +11,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
-from sqlalchemy.orm import Session
+from psycopg.pq import TransactionStatus
+from sqlalchemy import create_engine, func, select, text, update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, sessionmaker
 
 from sqlalchemy_jobs import (
     Job,
@@ -45,6 +47,7 @@ from sqlalchemy_jobs.worker import limiting, speed
 from tests.conformance.test_poison import until
 from tests.conformance.test_transitions import BOOM, Bench
 from tests.databases import Database
+from tests.proxy import Proxy, When
 
 
 @job("three", limit=Limit(concurrency=3))
@@ -97,14 +100,21 @@ class LimitBench(Bench):
     def claim_of(
         self, worker: uuid.UUID, *keys: str, numbers: Numbers = THREE, most: int = 10
     ) -> list[Claim]:
-        return self.do(lambda session: self.claim_in(session, worker, keys, numbers, most))
+        """As a worker does: in one round trip, where there is a way."""
+        at_once = limited.claim_and_commit
+        return self.do(lambda session: self.claim_in(session, worker, keys, numbers, most, at_once))
 
     @staticmethod
     def claim_in(
-        session: Session, worker: uuid.UUID, keys: Sequence[str], numbers: Numbers, most: int = 10
+        session: Session,
+        worker: uuid.UUID,
+        keys: Sequence[str],
+        numbers: Numbers,
+        most: int = 10,
+        claim: Callable[..., dict[str, list[Claim]]] = limited.claim,
     ) -> list[Claim]:
         kinds = ["three", "charge", "call", "step"]
-        found = limited.claim(
+        found = claim(
             session,
             Wanted(worker, kinds, (), {"default": most}, most),
             [LimitedKey(key, "default", [0], numbers, most) for key in keys],
@@ -190,7 +200,13 @@ def test_no_more_jobs_run_at_once_than_their_limits_say(database: Database) -> N
     assert [len(each.ran) for each in (three, charge, plain)] == [30, 35, 30]
 
 
-def test_claimers_that_hammer_two_keys_never_exceed_the_limit(database: Database) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_claimers_that_hammer_two_keys_never_exceed_the_limit(
+    database: Database, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one round trip, where there is a way, and in several."""
+    if not at_once:
+        monkeypatch.setattr(limited, "claim_and_commit", limited.claim)
     bench = LimitBench(database)
     bench.add_limited(*(Three(n) for n in range(120)), *(Charge(1, n) for n in range(60)))
     running = (
@@ -262,6 +278,51 @@ def _open_claim(bench: LimitBench, database: Database, numbers: Numbers) -> Iter
         assert bench.claim_in(session, worker, ["three"], numbers)
         yield session
         session.commit()
+
+
+def test_a_claim_is_one_round_trip_and_has_committed(postgresql: Database) -> None:
+    bench = LimitBench(postgresql)
+    bench.add_limited(*(Three(n) for n in range(8)))
+    worker = bench.worker()
+    engine = postgresql.engine(isolation_level="READ COMMITTED")
+    with Session(engine) as session:
+        claims = bench.claim_in(session, worker, ["three"], THREE, 10, limited.claim_and_commit)
+        assert count(postgresql, Job.state == "running") == len(claims) == 3
+        driver: Any = session.connection().connection.driver_connection
+        assert driver.info.transaction_status == TransactionStatus.IDLE
+    bench.control.close()
+
+
+def test_a_claim_that_fails_in_its_one_round_trip_commits_nothing(postgresql: Database) -> None:
+    bench = LimitBench(postgresql)
+    bench.add_limited(*(Three(n) for n in range(8)))
+    worker = bench.worker()
+    with Session(postgresql.engine()) as other, Session(postgresql.engine()) as session:
+        other.execute(text("LOCK TABLE sajobs_job IN EXCLUSIVE MODE"))
+        session.execute(text("SET LOCAL lock_timeout = '10ms'"))
+        with pytest.raises(OperationalError, match="lock timeout"):
+            bench.claim_in(session, worker, ["three"], THREE, 10, limited.claim_and_commit)
+    assert count(postgresql, Job.state == "running") == 0
+    assert len(bench.claim_of(worker, "three")) == 3
+    bench.control.close()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_claim_whose_connection_is_cut_is_made_or_not_and_given_back(
+    postgresql: Database, when: When
+) -> None:
+    """In its one round trip: whatever became of it, each job runs once, and no more at once than the limit says."""
+    add(postgresql, *(Three(n) for n in range(6)))
+    proxy = Proxy(postgresql.url)
+    engine = create_engine(proxy.url)
+    app: JobApp[Any, Any] = JobApp(sessionmaker(engine))
+    three = Counting(app, Three)
+    proxy.cut_commit("sajobs.locked", when)
+    assert Worker(app, drain=True, concurrency=4, poll_interval=timedelta(seconds=0.1)).run()
+    assert proxy.cuts.acquire(timeout=20)
+    assert three.most[None] <= 3 and sorted(each.n for each in three.ran) == [*range(6)]
+    engine.dispose()
+    proxy.stop()
 
 
 def test_the_slots_of_a_dead_worker_come_back_with_its_jobs(bench: LimitBench) -> None:
