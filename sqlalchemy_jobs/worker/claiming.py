@@ -19,7 +19,7 @@ from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.worker.clearing import Clearing
 from sqlalchemy_jobs.worker.control import Control
-from sqlalchemy_jobs.worker.controls import Controls
+from sqlalchemy_jobs.worker.controls import IN_FORCE, Controls
 from sqlalchemy_jobs.worker.filling import Filling
 from sqlalchemy_jobs.worker.idling import Idling
 from sqlalchemy_jobs.worker.lanes import Lanes
@@ -147,6 +147,7 @@ class Claimer:
         self._give_back(self._slots.withdraw(LONGEST_AHEAD))
         if self._slots.waiting and self._controls.believed_for <= 0:
             self._control.statements(self._heed)
+            self._start()  # what has waited for this
 
     def _begin(self, worker_id: uuid.UUID) -> Step | None:
         """Return what there is room for; None: not enough for a claim."""
@@ -246,6 +247,7 @@ class Claimer:
             self._lanes.forget()
             self._limiting.forget()
             self._give_back(self._slots.withdraw_if(self._must_not_wait))
+        self._slots.begin_until = self._controls.in_force_until
 
     @property
     def _must_heed(self) -> bool:
@@ -266,6 +268,8 @@ class Claimer:
         # Who changes what holds for a queue rings the bell: while it is heard, it need not be read at the first ring.
         if self._controls.expired or not (step.guesses and self._wakeup.is_on):
             self._heed(session)
+        else:
+            self._slots.begin_until = step.began_at + IN_FORCE
         wanted = self._unlimited(session, step)
         if wanted is None:
             return [], 0

@@ -19,6 +19,8 @@ from sqlalchemy_jobs.tables import TO_JOB, kinds, queues
 
 log = logging.getLogger("sqlalchemy_jobs")
 
+IN_FORCE = 2.0
+"""Seconds after its commit at which a change holds in every worker: with what was read longer ago nothing begins."""
 BELIEVED = 1.0
 """Seconds for which a worker that claims believes what it has read."""
 
@@ -66,6 +68,11 @@ class Controls:
     def believed_for(self) -> float:
         """For how many seconds more they need not be read again."""
         return self._read_at + BELIEVED - time.monotonic()
+
+    @property
+    def in_force_until(self) -> float:
+        """Until when, by the monotonic clock, what has been read lets jobs begin."""
+        return self._read_at + IN_FORCE
 
     def read(self, session: Session) -> bool:
         """Read them again, if it is time to; True when something has changed."""

@@ -61,6 +61,8 @@ class Slots:
             (handler.batch or 1 for handler in batched.values()), default=1
         )
         self.wake_at: float = math.inf
+        self.begin_until: float = math.inf
+        """Until when, by the monotonic clock, what waits may begin: then what holds for its queue must be read again."""
         self._lock = threading.Lock()
         self._owned: dict[RunKey, Run] = {}
         self._running: dict[Run, str] = {}
@@ -95,6 +97,8 @@ class Slots:
             return None
         with self._lock:
             if len(self._running) + self.lost >= self.total:
+                return None
+            if time.monotonic() > self.begin_until:
                 return None
             if (queue := self._first_in_turn()) is None:
                 return None

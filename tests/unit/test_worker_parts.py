@@ -121,6 +121,15 @@ def test_another_job_attempt_or_worker_is_another_run(differs: str) -> None:
     assert started(held, a_run(**same | {differs: other[differs]}))
 
 
+def test_what_waits_does_not_begin_when_what_holds_for_its_queue_was_read_too_long_ago() -> None:
+    held = Slots(2, Pools({}), lambda: None)
+    run = a_run()
+    held.begin_until = time.monotonic() - 0.001
+    assert not started(held, run)
+    held.begin_until = time.monotonic() + 60
+    assert held.next() is run
+
+
 def test_disown_all_forgets_every_run_and_asks_each_to_stop() -> None:
     changes: list[None] = []
     held = Slots(3, Pools({"default": 3}), lambda: changes.append(None))
