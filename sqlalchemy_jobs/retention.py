@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, and_, delete, exists, literal_column, or_, select
+from sqlalchemy import Select, and_, delete, exists, literal_column, or_, select, union_all
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs.columns import server_now
@@ -19,9 +18,6 @@ from sqlalchemy_jobs.transitions import delete_locked
 BATCH = 500
 """How many jobs are deleted in one transaction."""
 
-Keep = Callable[[JobState, str], timedelta | None]
-"""For how long jobs of a final state and a kind are kept; None: for ever, or by somebody else."""
-
 KEPT_KEYS = LONGEST_WINDOW + timedelta(hours=1)
 """How long the row of a key is kept at least after its last start by a rate."""
 
@@ -29,20 +25,14 @@ FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 """In the order in which the index names them."""
 
 
-def expired(session: Session, keep: Keep) -> list[tuple[JobState, str, datetime]]:
-    """Return the final states and kinds that there are, and since when their jobs have been kept long enough.
+def kinds(session: Session) -> list[tuple[JobState, str, datetime]]:
+    """Return the final states and kinds that there are, each with the present time.
 
-    The instant is computed once and then given as a value: a volatile function of the server could not be
+    What ended before an instant is then asked for by its value: a volatile function of the server could not be
     a bound of the scan.
     """
-    now = session.scalar(select(server_now()), bind_arguments=TO_JOB)
-    assert now is not None
-    return [
-        (state, kind, now - kept)
-        for state in FINAL
-        for kind in session.scalars(_KINDS[state], bind_arguments=TO_JOB)
-        if (kept := keep(state, kind)) is not None
-    ]
+    found = session.execute(_KINDS, bind_arguments=TO_JOB)
+    return [(JobState(row.state), row.kind, row.now) for row in found]
 
 
 def forget_keys(session: Session, after: str) -> str | None:
@@ -135,10 +125,14 @@ def _is(state: JobState) -> Any:
 def _kinds(state: JobState) -> Any:
     """Return the kinds of the jobs in a state by one descent of the index for each, however many jobs there are."""
     of_state = select(jobs.c.kind).where(_is(state)).order_by(jobs.c.kind).limit(1)
-    found = select(of_state.scalar_subquery().label("kind")).cte("found", recursive=True)
+    found = select(of_state.scalar_subquery().label("kind")).cte(
+        f"{state.value}_kinds", recursive=True
+    )
     after = of_state.where(jobs.c.kind > found.c.kind).correlate(found).scalar_subquery()
     found = found.union_all(select(after).where(found.c.kind.is_not(None)))
-    return select(found.c.kind).where(found.c.kind.is_not(None))
+    own: Any = literal_column(f"'{state.value}'").label("state")
+    named = select(own, found.c.kind, server_now().label("now"))
+    return named.where(found.c.kind.is_not(None))
 
 
 _IS_FORGOTTEN = and_(
@@ -151,4 +145,4 @@ _IS_FORGOTTEN = and_(
 )
 
 # Made once: making a statement costs more than executing it.
-_KINDS = {state: _kinds(state) for state in FINAL}
+_KINDS = union_all(*map(_kinds, FINAL))

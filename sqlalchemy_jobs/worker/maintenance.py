@@ -173,33 +173,37 @@ class Maintenance:
 
     def _prune(self, until: float) -> bool:
         """Delete what has been kept for long enough; False when there is more than could be done now."""
-        of_others = self._control.statements(find_kinds) - self._handlers.keys()
         if (now := time.monotonic()) >= self._forget_prunings:
             self._prunings.clear()
             self._forget_prunings = now + REFUSED_FOR
-
-        def keep(state: JobState, kind: str) -> timedelta | None:
-            if kind in of_others:
-                return None  # they know for how long
-            name = "keep_failed" if state == JobState.FAILED else "keep"
-            handler = self._handlers.get(kind)
-            own = getattr(handler.declaration, name) if handler else None
-            kept: timedelta | None = getattr(self._settings, name) if own is None else own
-            unique = self._holding(state, kind)
-            if kept is None or unique is None:
-                return kept
-            # Without a period it keeps others out for ever.
-            return unique.period and max(kept, unique.period)
-
-        for state, kind, end in self._control.statements(lambda s: retention.expired(s, keep)):
+        found = self._control.statements(retention.kinds)
+        of_others: set[str] = set()
+        if any(kind not in self._handlers for _, kind, _ in found):
+            of_others = self._control.statements(find_kinds) - self._handlers.keys()
+        for state, kind, present in found:
+            kept = None if kind in of_others else self._kept(state, kind)  # they know for how long
+            if kept is None:
+                continue
             try:
-                if not self._prune_kind(state, kind, end, until):
+                if not self._prune_kind(state, kind, present - kept, until):
                     return False
             except Exception as error:
                 if is_lost(error):
                     raise
                 self._tell_of_refusal(kind, error)
         return True
+
+    def _kept(self, state: JobState, kind: str) -> timedelta | None:
+        """Return for how long jobs are kept that have ended so; None: for ever."""
+        name = "keep_failed" if state == JobState.FAILED else "keep"
+        handler = self._handlers.get(kind)
+        own = getattr(handler.declaration, name) if handler else None
+        kept: timedelta | None = getattr(self._settings, name) if own is None else own
+        unique = self._holding(state, kind)
+        if kept is None or unique is None:
+            return kept
+        # Without a period it keeps others out for ever.
+        return unique.period and max(kept, unique.period)
 
     def _prune_kind(self, state: JobState, kind: str, end: datetime, until: float) -> bool:
         """Delete those that ended before ``end``; False when there is more than could be done now."""

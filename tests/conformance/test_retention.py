@@ -109,6 +109,23 @@ def store(database: Database) -> Store:
     return Store(database)
 
 
+def test_who_handles_a_kind_is_asked_for_those_of_others_only(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle worker has to send as little as can be."""
+    asked: list[None] = []
+    find_kinds = maintenance.find_kinds
+    monkeypatch.setattr(
+        maintenance, "find_kinds", lambda session: asked.append(None) or find_kinds(session)
+    )
+    store.jobs.handler(Brief)(lambda session, payload: None)
+    for kind, times in (("brief", 0), ("unknown", 1)):
+        store.put(*final(kind, "succeeded", 2 * DAY))
+        with store.jobs.worker():
+            until(lambda: store.left() == [])
+        assert len(asked) == times
+
+
 def test_each_state_and_kind_is_kept_for_its_own_time(store: Store) -> None:
     store.jobs.handler(Plain)(lambda session, payload: None)
     store.jobs.handler(Brief)(lambda session, payload: None)
