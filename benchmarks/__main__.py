@@ -13,6 +13,7 @@ PROGRAMS = (
     "adding",
     "bulk",
     "latency",
+    "ticks",
     "backlog",
     "limits",
     "cores",

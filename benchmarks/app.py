@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import String, create_engine, func
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from sqlalchemy_jobs import JobApp, Limit, job, sqlite
+from sqlalchemy_jobs import JobApp, Limit, current_run, job, sqlite
 
 URL_OF, COUNT_OF, COLOUR = "SAJOBS_BENCH_URL", "SAJOBS_BENCH_COUNT", "SAJOBS_BENCH_COLOUR"
 TRACE = 0
@@ -81,6 +81,12 @@ class Nap:
     n: int
 
 
+@job("tick")
+@dataclass(frozen=True)
+class Tick:
+    """Says which tick of its schedule it is for."""
+
+
 def noop(session: Session, payload: Noop) -> None:
     called()
 
@@ -104,6 +110,12 @@ def nap(session: Session, payload: Nap) -> None:
     time.sleep(0.05)
 
 
+def tick(session: Session, payload: Tick) -> None:
+    scheduled_at = current_run().scheduled_at
+    assert scheduled_at is not None
+    say("tick", tick=scheduled_at.timestamp())
+
+
 _calls = itertools.count(1)
 _count = int(os.environ.get(COUNT_OF, TRACE))
 
@@ -118,8 +130,9 @@ def called() -> None:
         say("last")
 
 
-def say(event: str) -> None:
-    print(json.dumps({"event": event, "at": time.time(), "cpu": time.process_time()}), flush=True)
+def say(event: str, **more: float) -> None:
+    said = {"event": event, "at": time.time(), "cpu": time.process_time()} | more
+    print(json.dumps(said), flush=True)
 
 
 def engine_of(url: str) -> Any:
@@ -144,6 +157,10 @@ if os.environ.get(COLOUR) == "async":
     async def async_insert(session: AsyncSession, payload: Insert) -> None:
         insert(session.sync_session, payload)
 
+    @jobs.handler(Tick)
+    async def async_tick(session: AsyncSession, payload: Tick) -> None:
+        tick(session.sync_session, payload)
+
     @jobs.handler(Nap)
     async def async_nap(session: AsyncSession, payload: Nap) -> None:
         called()
@@ -156,3 +173,4 @@ elif URL_OF in os.environ:
     jobs.handler(Insert)(insert)
     jobs.handler(Burn)(burn)
     jobs.handler(Nap)(nap)
+    jobs.handler(Tick)(tick)
