@@ -27,7 +27,7 @@ from sqlalchemy_jobs.enqueue import (
 )
 from sqlalchemy_jobs.errors import EnqueueError, ScheduleError
 from sqlalchemy_jobs.models import INNODB, Base, utcnow
-from sqlalchemy_jobs.outcomes import checked_delay
+from sqlalchemy_jobs.outcomes import LONGEST_DELAY, checked_delay
 from sqlalchemy_jobs.payloads import KIND_LENGTH, Payload, check_options, declaration_of
 from sqlalchemy_jobs.schedules import cron as crons
 
@@ -49,12 +49,16 @@ class JobOptions(TypedDict, total=False):
     unique_key: str
 
 
+class _Encoded(dict[str, Any]):
+    """What is stored of a payload: a session that merges a schedule copies it from one to the other."""
+
+
 class Schedule(Base):
     """A rule that makes jobs: one at each of its ticks, by whichever worker is first.
 
     ``session.add(Schedule("nightly-report", "0 4 * * *", NightlyReport(), timezone="Europe/Berlin"))``: it holds from
     the commit on, for the workers that have a handler for its payload. Change its attributes, or delete it, in a
-    transaction of yours. The parameters are those of ``JobApp.schedule``; the options of its jobs are those
+    transaction of yours; ``session.merge(Schedule(...))`` adds it or changes the one of that name. The parameters are those of ``JobApp.schedule``; the options of its jobs are those
     of ``enqueue``. The name is the primary key.
 
     Raises: ScheduleError, with the position of the fault in ``cron``; PayloadError, DeclarationError.
@@ -111,7 +115,9 @@ class Schedule(Base):
         **options: Unpack[JobOptions],
     ) -> None:
         rule = definition(name, cron, timezone, catch_up, window, run_on_start, options)
-        super().__init__(**rule, payload=payload, paused=paused)
+        super().__init__(**rule, payload=payload)
+        if paused:  # else it stays as it is where a session merges this one
+            self.paused = True
 
     @property
     def window(self) -> timedelta | None:
@@ -130,7 +136,7 @@ class Schedule(Base):
             case "timezone":
                 crons.zone(value)
             case _:
-                _check_catch_up(value)
+                check_catch_up(value)
         return value
 
     @validates("options")
@@ -139,7 +145,9 @@ class Schedule(Base):
 
     @validates("payload")
     def _encode(self, attribute: str, payload: Any) -> Any:
-        stored = encode(payload)
+        if isinstance(payload, _Encoded):
+            return payload  # that of another Schedule, as its kind is
+        stored = _Encoded(encode(payload))
         self.kind = declaration_of(type(payload)).kind
         return stored
 
@@ -171,7 +179,7 @@ def definition(
         )
     try:
         crons.rule(cron, timezone)
-        _check_catch_up(catch_up)
+        check_catch_up(catch_up)
         if window is not None and catch_up == "skip":
             raise ScheduleError('window is for catch_up="once" and "all": leave it away')
         return {
@@ -190,6 +198,8 @@ def definition(
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the options of a schedule's jobs as the row has them. Raises: ScheduleError."""
     known = JobOptions.__annotations__
+    if not isinstance(options, Mapping):
+        raise ScheduleError(f"options={options!r}: wanted an object with {', '.join(known)}")
     if unknown := options.keys() - known.keys():
         raise ScheduleError(
             f"{', '.join(sorted(unknown))}: no option of a schedule's jobs, which are {', '.join(known)}"
@@ -213,7 +223,8 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: value for name, value in checked.items() if value is not None} or None
 
 
-def _check_catch_up(catch_up: object) -> None:
+def check_catch_up(catch_up: object) -> None:
+    """Refuse what is none of the ways to catch up. Raises: ScheduleError."""
     if catch_up not in get_args(CatchUp):
         raise ScheduleError(f'catch_up={catch_up!r}: wanted "skip", "once" or "all"')
 
@@ -227,11 +238,22 @@ def _checked_window(window: timedelta | None) -> float | None:
         raise ScheduleError(str(error)) from None
 
 
+def window_of(seconds: float | None) -> timedelta:
+    """Return how late a tick may be caught up by the word of a row. Raises: ScheduleError."""
+    if seconds is None:
+        return WINDOW
+    if not 0 <= seconds <= LONGEST_DELAY.total_seconds():
+        raise ScheduleError(
+            f"catch_up_window={seconds:g}: wanted seconds, zero or more, up to a hundred years"
+        )
+    return timedelta(seconds=seconds)
+
+
 # --- what a change of a row entails -----------------------------------------------------------------
 
 _CHANGED = "sqlalchemy_jobs.schedules"
 _RESTARTS = ("cron", "timezone", "paused")
-_CORRECTS = ("cron", "timezone", "paused", "payload", "options", "catch_up")
+_CORRECTS = (*_RESTARTS, "payload", "options", "catch_up", "window_seconds")
 
 
 @event.listens_for(Schedule, "before_insert")

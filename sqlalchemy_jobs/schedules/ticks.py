@@ -32,7 +32,7 @@ from sqlalchemy_jobs.runs import SCHEDULE_HEADER
 from sqlalchemy_jobs.schedules import cron as crons
 from sqlalchemy_jobs.schedules.cron import Rule
 from sqlalchemy_jobs.schedules.declared import Declared
-from sqlalchemy_jobs.schedules.rows import WINDOW, Schedule, checked_options
+from sqlalchemy_jobs.schedules.rows import Schedule, check_catch_up, checked_options, window_of
 from sqlalchemy_jobs.states import WorkerState
 from sqlalchemy_jobs.tables import TO_JOB, workers
 
@@ -126,7 +126,8 @@ def plan(row: Any, now: datetime, known: Known) -> Firing:
         if row.next_tick is None:
             since = min(row.updated_at, now)
             return Firing(row, next_tick=rule.after(max(since, row.last_tick or since)))
-        window = WINDOW if row.window_seconds is None else timedelta(seconds=row.window_seconds)
+        check_catch_up(row.catch_up)
+        window = window_of(row.window_seconds)
         ticks, following = owed(rule, row.next_tick, now, row.catch_up, window)
         make = _maker(row, known)
         return Firing(row, [(tick, make(tick)) for tick in ticks], following)
