@@ -17,10 +17,10 @@ from sqlalchemy_jobs import patterns
 from sqlalchemy_jobs import queues as control
 from sqlalchemy_jobs.cli.config import CONTEXT, ConfiguredGroup
 from sqlalchemy_jobs.cli.databases import in_session, of_database
-from sqlalchemy_jobs.cli.listing import in_columns
+from sqlalchemy_jobs.cli.listing import laid_out
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.queues import STRATEGIES, QueueOptions, fault_of, fault_of_rate
-from sqlalchemy_jobs.states import WorkerState
+from sqlalchemy_jobs.states import JobState, WorkerState
 from sqlalchemy_jobs.tables import TO_JOB, jobs, workers
 from sqlalchemy_jobs.tables import kinds as kinds_table
 from sqlalchemy_jobs.tables import queues as queues_table
@@ -59,6 +59,8 @@ def queues(context: click.Context, url: str | None, app_name: str | None) -> Non
 def pause_queues(names: tuple[str, ...], url: str | None, app_name: str | None) -> None:
     """Have no job of these queues begin; what is running goes on."""
     _change(url, app_name, names, control.pause_queue, "paused", "was paused before")
+    for name in in_session(url, app_name, partial(_unknown, by=jobs.c.queue, names=names)):
+        click.echo(f"{name}: no job waits in this queue now, and no worker names it", err=True)
 
 
 @queues.command("resume")
@@ -132,6 +134,8 @@ def kinds(context: click.Context, url: str | None, app_name: str | None) -> None
 def pause_kinds(names: tuple[str, ...], url: str | None, app_name: str | None) -> None:
     """Have no job of these kinds begin; what is running goes on."""
     _change(url, app_name, names, control.pause_kind, "paused", "was paused before")
+    for name in in_session(url, app_name, partial(_unknown, by=jobs.c.kind, names=names)):
+        click.echo(f"{name}: no job of this kind waits now, and no worker handles it", err=True)
 
 
 @kinds.command("resume")
@@ -157,6 +161,23 @@ def _change(
         click.echo(f"{name}: {done if changed else else_}")
 
 
+def _unknown(session: Session, by: ColumnElement[str], names: Sequence[str]) -> list[str]:
+    """Return those of the names that nobody knows now: they may have been meant otherwise."""
+    named = {
+        name
+        for each in _alive(session)
+        for name in (each.queues if by is jobs.c.queue else each.kinds) or ()
+    }
+    unfinished = jobs.c.state.in_([JobState.READY, JobState.RUNNING])
+    return [
+        name
+        for name in names
+        if name not in named
+        and session.scalar(select(by).where(by == name, unfinished).limit(1), bind_arguments=TO_JOB)
+        is None
+    ]
+
+
 # --- what there is ---------------------------------------------------------------------------------
 
 
@@ -169,7 +190,7 @@ class Listed:
 
 
 def _print(listed: Listed) -> None:
-    click.echo(in_columns(listed.rows))
+    click.echo(laid_out(listed.rows))
     for fault in listed.faults:
         click.echo(fault, err=True)
 

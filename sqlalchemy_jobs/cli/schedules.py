@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs.cli.config import CONTEXT, ConfiguredGroup, Refused
 from sqlalchemy_jobs.cli.databases import in_session, of_database
-from sqlalchemy_jobs.cli.listing import in_columns
+from sqlalchemy_jobs.cli.listing import laid_out
 from sqlalchemy_jobs.cli.loading import importing, load_app
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.errors import ConfigurationError, ScheduleError
@@ -43,8 +43,8 @@ def schedules(
     Or pause, resume and run one. What an app declares is in the list once a worker of it has started.
     """
     if context.invoked_subcommand is None:
-        listed, faults = in_session(url, app_name, partial(_list, ticks=ticks))
-        click.echo(listed)
+        table, faults = in_session(url, app_name, partial(_list, ticks=ticks))
+        click.echo(table)
         for fault in faults:
             click.echo(fault, err=True)
 
@@ -98,13 +98,13 @@ def _list(session: Session, ticks: int | None) -> tuple[str, list[str]]:
     faults = [f"{row.name}: {row.error}" for row in rows if row.error is not None]
     if ticks is None:
         heading = ["NAME", "CRON", "ZONE", "KIND", "FROM", "STATE", "LAST", "NEXT"]
-        return in_columns([heading, *(_line(row, now, served) for row in rows)]), faults
+        return laid_out([heading, *(_line(row, now, served) for row in rows)]), faults
     every: list[list[object]] = [
         [row.name if number == 0 else "", tick]
         for row in rows
         for number, tick in enumerate(_next(row, now, ticks) or (None,))
     ]
-    return in_columns([["NAME", "NEXT"], *every]), faults
+    return laid_out([["NAME", "NEXT"], *every]), faults
 
 
 def _line(row: Schedule, now: datetime, served: Collection[str]) -> list[object]:

@@ -1,5 +1,6 @@
 """`sajobs queues` and `sajobs kinds`, as a person calls them."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +13,7 @@ from sqlalchemy import select
 
 from sqlalchemy_jobs import JobApp, Queue, enqueue, job
 from sqlalchemy_jobs.cli import main
+from sqlalchemy_jobs.cli.listing import laid_out
 from tests.conformance.test_poison import until
 from tests.databases import Database
 
@@ -70,6 +72,40 @@ def test_the_queues_are_listed_with_what_waits_and_who_serves_them(
     assert kinds == {
         "letter": {"READY": "1", "RUNNING": "0", "LATER": "0", "PAUSED": "-", "WORKERS": worker}
     }
+
+
+def test_pausing_a_name_that_nobody_knows_is_done_and_told(
+    database: Database, sajobs: Sajobs
+) -> None:
+    """It may be a slip of the pen, and else it looks as if something was paused."""
+    with database.sessions().begin() as session:
+        session.add(enqueue(Letter(), queue="mail"))
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    app.handler(Letter)(lambda session, payload: None)
+    with app.worker(queues=["bulk"]):
+        until(lambda: "bulk" in sajobs("queues").stdout)
+        of_queues = sajobs("queues", "pause", "mail", "mial", "bulk")
+        of_kinds = sajobs("kinds", "pause", "letter", "lettre")
+    assert of_queues.stdout == "mail: paused\nmial: paused\nbulk: paused\n"
+    assert of_queues.stderr == "mial: no job waits in this queue now, and no worker names it\n"
+    assert of_kinds.stdout == "letter: paused\nlettre: paused\n"
+    assert of_kinds.stderr == "lettre: no job of this kind waits now, and no worker handles it\n"
+
+
+def test_on_a_terminal_that_is_too_narrow_each_row_is_a_paragraph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [["NAME", "CRON", "ZONE"], ["nightly", "0 4 * * *", None], ["b", "@daily", "UTC"]]
+    table = "NAME     CRON       ZONE\nnightly  0 4 * * *  -\nb        @daily     UTC"
+    paragraphs = "NAME  nightly\nCRON  0 4 * * *\nZONE  -\n\nNAME  b\nCRON  @daily\nZONE  UTC"
+    for is_terminal, columns, expected in (
+        (True, 24, table),
+        (True, 23, paragraphs),
+        (False, 23, table),
+    ):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert laid_out(rows) == expected
 
 
 def test_a_queue_is_paused_resumed_and_set(database: Database, sajobs: Sajobs) -> None:
