@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import Job, Schedule, cancel, enqueue_many
+from sqlalchemy_jobs.limits import Rate
 from sqlalchemy_jobs.runs import SCHEDULE_HEADER
 from sqlalchemy_jobs.worker.loops import LONGEST_PAUSE
 from sqlalchemy_jobs.worker.maintenance import BROKEN_VIEW, LOOK, PRUNE, SWEEP
@@ -29,6 +30,7 @@ from tests.chaos.kinds import (
     EVERY,
     KEPT,
     NARROW,
+    NARROW_RATE,
     NOT_KEPT,
     Meet,
     MeetAsync,
@@ -230,7 +232,10 @@ class Rounds:
         return busiest, {job_id for at, job_id in present if at == pid}
 
     def _set(self) -> None:
-        """Let more and more jobs of a queue run at once, and then less: so many do, and the audit tells of one more."""
+        """Let more and more jobs of a queue run at once, and then less: so many do, and the audit tells of one more.
+
+        And have more of them wait than its rate lets begin at once: the audit tells of those too.
+        """
         self.operator.change(AT_ONCE, 1)
         time.sleep(HEEDED)
         self._begin([Meet("narrow")] * 10, NARROW)
@@ -240,6 +245,7 @@ class Rounds:
         self.operator.change(AT_ONCE, 2)
         time.sleep(HEEDED)
         signs.open_(self.workers.folder, "narrow")
+        self._begin([Short(0.0)] * 2 * Rate.parse(NARROW_RATE).count, NARROW)
         self.settle()
 
     def _pause(self) -> None:
