@@ -107,10 +107,14 @@ def reference(
 
 @cache
 def changes(zone: ZoneInfo, year: int) -> list[datetime]:
-    """The days of a year on which the clocks of a zone are changed."""
+    """The minutes of a year at which the clocks of a zone are changed."""
     days = [datetime(year, 1, 1, tzinfo=UTC) + n * DAY for n in range(366)]
     return [
-        day
+        next(
+            minute
+            for minute in (day + n * MINUTE for n in range(1, 24 * 60 + 1))
+            if minute.astimezone(zone).utcoffset() != day.astimezone(zone).utcoffset()
+        )
         for day in days
         if day.astimezone(zone).utcoffset() != (day + DAY).astimezone(zone).utcoffset()
     ]
@@ -170,12 +174,12 @@ def lines(seconds: st.SearchStrategy[Field | None]) -> st.SearchStrategy[Line]:
 
 @st.composite
 def moments(draw: Callable[[st.SearchStrategy[object]], object]) -> tuple[ZoneInfo, datetime]:
-    """A zone and an instant in it, as a rule shortly before its clocks are changed."""
+    """A zone and an instant in it, as a rule shortly before its clocks are changed, or after."""
     zone = ZoneInfo(draw(st.sampled_from(ZONES)))  # type: ignore[arg-type]
     year = draw(st.integers(1995, 2035))
-    days = changes(zone, year) or [datetime(year, 6, 15, tzinfo=UTC)]  # type: ignore[arg-type]
-    day = draw(st.sampled_from(days))
-    return zone, day + draw(st.integers(-600, 1440)) * MINUTE  # type: ignore[operator, return-value]
+    found = changes(zone, year) or [datetime(year, 6, 15, tzinfo=UTC)]  # type: ignore[arg-type]
+    minutes = st.one_of(st.integers(-1440, 130), st.integers(-70, 130))
+    return zone, draw(st.sampled_from(found)) + draw(minutes) * MINUTE  # type: ignore[operator, return-value]
 
 
 @given(lines(st.none()), moments())
@@ -236,6 +240,8 @@ def test_every_is_the_multiples_of_a_time(
         # Autumn: 02:00 to 03:00 comes twice on October 25, 2026.
         ("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00", ["10-25 00:30", "10-26 01:30"]),
         ("30 2 * * *", "Europe/Berlin", "2026-10-25T00:31", ["10-26 01:30", "10-27 01:30"]),
+        ("30 2 * * *", "Europe/Berlin", "2026-10-25T01:10", ["10-26 01:30", "10-27 01:30"]),
+        ("0,40 2 * * *", "Europe/Berlin", "2026-10-25T00:50", ["10-26 01:00", "10-26 01:40"]),
         ("30 * * * *", "Europe/Berlin", "2026-10-25T00:00", ["10-25 00:30", "10-25 01:30"]),
         ("0 */2 * * *", "Europe/Berlin", "2026-10-24T23:00", ["10-25 00:00", "10-25 01:00"]),
         # Midnight does not come.
