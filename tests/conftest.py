@@ -98,3 +98,13 @@ def pooled(postgresql: Database) -> Iterator[URL]:
         pytest.skip("pgbouncer is not installed")
     with pooling.pooled(program, postgresql.url) as url:
         yield url
+
+
+@pytest.fixture
+def effects_app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module that the worker processes run; here only for its payload classes."""
+    monkeypatch.setenv("SAJOBS_TEST_URL", "sqlite://")
+    monkeypatch.setenv("SAJOBS_TEST_FOLDER", str(tmp_path))
+    from tests.apps import effects
+
+    return effects

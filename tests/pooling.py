@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from sqlalchemy import URL
 
 from tests.proxy import Proxy
+from tests.waiting import until
 
 
 @contextmanager
@@ -35,10 +35,7 @@ def pooled(program: str, url: URL) -> Iterator[URL]:
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen([program, folder / "ini"], stderr=log, **user)  # type: ignore[call-overload]
         try:
-            end = time.monotonic() + 20
-            while "process up" not in (told := (folder / "log").read_text()):
-                assert process.poll() is None and time.monotonic() < end, told
-                time.sleep(0.02)
+            until(lambda: "process up" in (folder / "log").read_text())
             yield server.url.set(port=port)
         finally:
             process.terminate()

@@ -41,14 +41,13 @@ from sqlalchemy_jobs.claims import Claim, Wanted
 from sqlalchemy_jobs.worker import filling
 from sqlalchemy_jobs.worker.availability import Availability
 from sqlalchemy_jobs.worker.control import Control
-from tests.conformance.test_exactly_once import Outcome, declare_one_dead, effects_app
-from tests.conformance.test_poison import until
+from tests.conformance.test_exactly_once import declare_one_dead
 from tests.databases import Database
 from tests.domain import Effect
 from tests.locks import until_somebody_waits
+from tests.look import Look
 from tests.processes import workers
-
-__all__ = ["effects_app"]
+from tests.waiting import until
 
 NOW = timedelta(0)
 
@@ -494,30 +493,30 @@ def test_a_handler_that_changes_the_row_of_its_job_fails(app: App) -> None:
 def test_a_worker_that_dies_in_a_batch_leaves_nothing_and_each_job_runs_once(
     database: Database, tmp_path: Path, effects_app: Any
 ) -> None:
-    outcome = Outcome(database)
-    with outcome.sessions.begin() as session:
+    look = Look(database.sessions())
+    with look.sessions.begin() as session:
         notes = ["kill" if n == 70 else str(n) for n in range(200)]
         enqueue_many(session, [effects_app.WriteMany(note) for note in notes])
     with workers(database, tmp_path, "--lease", "1", count=2) as started:
-        outcome.wait_for(succeeded=200)
+        look.wait_for(succeeded=200)
         assert sum(each.process.poll() is not None for each in started) == 1
-    assert outcome.effects() == (200, 200)
-    assert "crashed" in outcome.attempts()
+    assert look.count_effects() == (200, 200)
+    assert "crashed" in look.attempts()
 
 
 def test_false_deaths_double_nothing(database: Database, tmp_path: Path, effects_app: Any) -> None:
-    outcome = Outcome(database)
+    look = Look(database.sessions())
     control = Control(database.engine(), Availability())
-    with outcome.sessions.begin() as session:
+    with look.sessions.begin() as session:
         enqueue_many(session, [effects_app.WriteMany(str(n)) for n in range(3000)])
     rescued = 0
     with workers(database, tmp_path, "--lease", "1", "--concurrency", "2", count=2) as both:
-        while outcome.states().keys() != {"succeeded"}:
+        while look.states().keys() != {"succeeded"}:
             rescued += declare_one_dead(control) if rescued < 150 else 0
         for each in both:
             each.wait_for("serves")
     control.close()
-    assert outcome.effects() == (3000, 3000)
+    assert look.count_effects() == (3000, 3000)
     if database.name != "sqlite":  # where the one writer may well be done before anybody can say so
         assert rescued > 0
 

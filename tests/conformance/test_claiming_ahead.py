@@ -20,9 +20,9 @@ from sqlalchemy_jobs.worker import claiming, lanes, reconciling, speed
 from sqlalchemy_jobs.worker.controls import Controls
 from sqlalchemy_jobs.worker.lanes import Lanes
 from sqlalchemy_jobs.worker.pools import Pools
-from tests.conformance.test_poison import until
 from tests.conformance.test_transitions import Bench
 from tests.databases import Database
+from tests.waiting import until
 
 
 @job("quick", max_attempts=3)

@@ -3,72 +3,31 @@
 import gc
 import random
 import signal
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
-from sqlalchemy_jobs import Attempt, Job, JobApp, WorkerRow, enqueue, enqueue_many, transitions
+from sqlalchemy_jobs import Job, JobApp, WorkerRow, enqueue_many, transitions
 from sqlalchemy_jobs.worker.availability import Availability
 from sqlalchemy_jobs.worker.control import Control
 from tests.databases import Database
-from tests.domain import Effect
+from tests.look import Look
 from tests.processes import workers
 from tests.proxy import Proxy, When
-
-
-@pytest.fixture
-def effects_app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The module that the worker processes run; here only for its payload classes."""
-    monkeypatch.setenv("SAJOBS_TEST_URL", "sqlite://")
-    monkeypatch.setenv("SAJOBS_TEST_FOLDER", str(tmp_path))
-    from tests.apps import effects
-
-    return effects
-
-
-class Outcome:
-    """What the database says in the end."""
-
-    def __init__(self, database: Database) -> None:
-        self.sessions = sessionmaker(database.engine())
-
-    def states(self) -> dict[str, int]:
-        with self.sessions() as session:
-            query = select(Job.state, func.count()).group_by(Job.state)
-            return dict(session.execute(query).all())  # type: ignore[arg-type]
-
-    def effects(self) -> tuple[int, int]:
-        """How many effects there are, and of how many different jobs."""
-        with self.sessions() as session:
-            query = select(func.count(), func.count(Effect.job_id.distinct())).select_from(Effect)
-            count, different = session.execute(query).one()
-            return count, different
-
-    def attempts(self) -> list[str]:
-        with self.sessions() as session:
-            return list(session.scalars(select(Attempt.outcome).order_by(Attempt.attempt)))
-
-    def wait_for(self, timeout: float = 90, **states: int) -> None:
-        """Wait until the jobs are in these states."""
-        end = time.monotonic() + timeout
-        while (found := self.states()) != states:
-            assert time.monotonic() < end, found
-            time.sleep(0.05)
 
 
 def test_two_processes_do_five_thousand_jobs_once_each(
     database: Database, tmp_path: Path, effects_app: Any
 ) -> None:
-    outcome = Outcome(database)
-    with outcome.sessions.begin() as session:
+    look = Look(database.sessions())
+    with look.sessions.begin() as session:
         enqueue_many(session, [effects_app.Write(str(n)) for n in range(2500)])
         enqueue_many(session, [effects_app.WriteAsync(str(n)) for n in range(2500)])
     with workers(database, tmp_path, "--drain", count=2) as both:
@@ -76,9 +35,9 @@ def test_two_processes_do_five_thousand_jobs_once_each(
         assert all("WARNING" not in each.log and "ERROR" not in each.log for each in both), (
             both[0].log + both[1].log
         )
-    assert outcome.states() == {"succeeded": 5000}
-    assert outcome.effects() == (5000, 5000)
-    assert outcome.attempts() == []
+    assert look.states() == {"succeeded": 5000}
+    assert look.count_effects() == (5000, 5000)
+    assert look.attempts() == []
 
 
 def test_false_deaths_double_nothing_and_lose_nothing(
@@ -86,8 +45,8 @@ def test_false_deaths_double_nothing_and_lose_nothing(
 ) -> None:
     """Live workers are declared dead all the time: their jobs run elsewhere, their own runs write nothing."""
     count = 1500
-    outcome = Outcome(database)
-    with outcome.sessions.begin() as session:
+    look = Look(database.sessions())
+    with look.sessions.begin() as session:
         enqueue_many(session, [effects_app.Write(str(n)) for n in range(count // 2)])
         enqueue_many(session, [effects_app.WriteAsync(str(n)) for n in range(count // 2)])
     control = Control(database.engine(), Availability())
@@ -95,17 +54,17 @@ def test_false_deaths_double_nothing_and_lose_nothing(
     with workers(database, tmp_path, "--lease", "1", "--concurrency", "4", count=2) as both:
         for each in both:
             each.wait_for("serves")
-        while deaths < 12 and outcome.states().keys() != {"succeeded"}:
+        while deaths < 12 and look.states().keys() != {"succeeded"}:
             brought_back = declare_one_dead(control)
             deaths, rescued = deaths + (brought_back > 0), rescued + brought_back
-        outcome.wait_for(succeeded=count)
+        look.wait_for(succeeded=count)
         for each in both:
             each.signal(signal.SIGTERM)
         assert [each.wait() for each in both] == [0, 0]
         assert any("declared this one dead" in each.log for each in both)
     control.close()
     assert rescued > 0
-    assert outcome.effects() == (count, count)
+    assert look.count_effects() == (count, count)
 
 
 def declare_one_dead(control: Control) -> int:
@@ -128,39 +87,36 @@ def declare_one_dead(control: Control) -> int:
 def test_a_kill_between_flush_and_commit_leaves_nothing_and_the_job_runs_again(
     database: Database, tmp_path: Path, effects_app: Any
 ) -> None:
-    outcome = Outcome(database)
-    with outcome.sessions.begin() as session:
-        session.add(enqueue(effects_app.WriteAndHang()))
+    look = Look(database.sessions())
+    look.add(effects_app.WriteAndHang())
     with workers(database, tmp_path, "--lease", "2") as (victim,):
         victim.wait_for("SIGN flushed")
         victim.signal(signal.SIGKILL)
         assert victim.wait() == -signal.SIGKILL
-    assert outcome.effects() == (0, 0)
-    assert outcome.states() == {"running": 1}
+    assert look.count_effects() == (0, 0)
+    assert look.states() == {"running": 1}
     with workers(database, tmp_path, "--lease", "2") as (rescuer,):
         rescuer.wait_for("is dead, its lease has passed; jobs brought back: 1")
-        outcome.wait_for(succeeded=1)
-    assert outcome.effects() == (1, 1)
-    assert outcome.attempts() == ["crashed"]
+        look.wait_for(succeeded=1)
+    assert look.count_effects() == (1, 1)
+    assert look.attempts() == ["crashed"]
 
 
 def test_sigterm_lets_runs_finish_and_claims_nothing_more(
     database: Database, tmp_path: Path, effects_app: Any
 ) -> None:
-    outcome = Outcome(database)
-    with outcome.sessions.begin() as session:
-        session.add(enqueue(effects_app.Wait()))
+    look = Look(database.sessions())
+    look.add(effects_app.Wait())
     with workers(database, tmp_path, "--concurrency", "2") as (worker,):
         worker.wait_for("SIGN waiting")
         worker.signal(signal.SIGTERM)
         worker.wait_for("stopping")
-        with outcome.sessions.begin() as session:
-            session.add(enqueue(effects_app.Write()))
+        look.add(effects_app.Write())
         (tmp_path / "go").touch()
         assert worker.wait() == 0
-    assert outcome.states() == {"succeeded": 1, "ready": 1}
-    assert outcome.effects() == (1, 1)
-    with outcome.sessions() as session:
+    assert look.states() == {"succeeded": 1, "ready": 1}
+    assert look.count_effects() == (1, 1)
+    with look.sessions() as session:
         assert session.scalars(select(WorkerRow)).all() == []
 
 
@@ -168,9 +124,8 @@ def test_sigterm_lets_runs_finish_and_claims_nothing_more(
 def test_runs_that_do_not_end_are_released_without_a_failure(
     database: Database, tmp_path: Path, effects_app: Any, how: str
 ) -> None:
-    outcome = Outcome(database)
-    with outcome.sessions.begin() as session:
-        session.add(enqueue(effects_app.Wait()))
+    look = Look(database.sessions())
+    look.add(effects_app.Wait())
     timeout = "60" if how == "a second signal" else "0.2"
     with workers(database, tmp_path, "--shutdown-timeout", timeout) as (worker,):
         worker.wait_for("SIGN waiting")
@@ -180,11 +135,11 @@ def test_runs_that_do_not_end_are_released_without_a_failure(
             worker.signal(signal.SIGINT)
         assert worker.wait() == 1
         worker.wait_for("did not end in time: released")
-    with outcome.sessions() as session:
+    with look.sessions() as session:
         job = session.scalars(select(Job)).one()
         assert (job.state, job.failures, job.attempt) == ("ready", 0, 1)
-    assert outcome.attempts() == ["released"]
-    assert outcome.effects() == (0, 0)
+    assert look.attempts() == ["released"]
+    assert look.count_effects() == (0, 0)
 
 
 # --- broken connections -------------------------------------------------------------------------------
@@ -232,19 +187,18 @@ def test_a_connection_cut_during_commit_leads_to_one_effect(
     row_locks: Database, proxy: Proxy, effects_app: Any, when: When, make_app: Any
 ) -> None:
     """Not two, when the commit had been carried out, and not none, when it had not."""
-    outcome = Outcome(row_locks)
+    look = Look(row_locks.sessions())
     app, dispose = make_app(proxy, effects_app)
-    with outcome.sessions.begin() as session:
-        session.add(enqueue(effects_app.Write()))
+    look.add(effects_app.Write())
     proxy.cut_commit("INSERT INTO effect", when)
     with app.worker():
         assert proxy.cuts.acquire(timeout=20)
-        outcome.wait_for(succeeded=1)
+        look.wait_for(succeeded=1)
     dispose()
     del app
     gc.collect()  # not in a later test, which would be blamed for those sockets
-    assert outcome.effects() == (1, 1)
-    assert outcome.attempts() == (["released"] if when == "before" else [])
+    assert look.count_effects() == (1, 1)
+    assert look.attempts() == (["released"] if when == "before" else [])
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -252,20 +206,19 @@ def test_a_claim_whose_reply_is_lost_is_given_back(
     row_locks: Database, proxy: Proxy, effects_app: Any, when: When
 ) -> None:
     """The job is running by its row, and nobody runs it: the worker itself finds and releases it."""
-    outcome = Outcome(row_locks)
+    look = Look(row_locks.sessions())
     app, dispose = sync_app(proxy, effects_app)
-    with outcome.sessions.begin() as session:
-        session.add(enqueue(effects_app.Write()))
+    look.add(effects_app.Write())
     if row_locks.name == "mysql":
         proxy.cut_commit("UPDATE sajobs_job SET state", when)
     else:  # it commits by itself
         proxy.cut_commit("WITH wanted", when, by="WITH wanted")
     with app.worker(lease=timedelta(minutes=5)):
         assert proxy.cuts.acquire(timeout=20)
-        outcome.wait_for(succeeded=1)
+        look.wait_for(succeeded=1)
     dispose()
-    assert outcome.effects() == (1, 1)
-    with outcome.sessions() as session:
+    assert look.count_effects() == (1, 1)
+    with look.sessions() as session:
         assert session.scalars(select(Job.attempt)).one() == (1 if when == "before" else 2)
         assert session.scalars(select(Job.failures)).one() == 0
 
@@ -274,7 +227,7 @@ def test_a_claim_whose_reply_is_lost_is_given_back(
 def test_a_failure_is_recorded_once_though_the_connection_breaks(
     row_locks: Database, proxy: Proxy, effects_app: Any, when: When
 ) -> None:
-    outcome = Outcome(row_locks)
+    look = Look(row_locks.sessions())
     from sqlalchemy import create_engine
 
     engine = create_engine(proxy.url)
@@ -284,38 +237,35 @@ def test_a_failure_is_recorded_once_though_the_connection_breaks(
     def fails(session: Session, payload: Any) -> None:
         raise ValueError("boom")
 
-    with outcome.sessions.begin() as session:
-        session.add(enqueue(effects_app.Write(), max_attempts=1))
+    look.add(effects_app.Write(), max_attempts=1)
     proxy.cut_commit("INSERT INTO sajobs_attempt", when)
     with app.worker():
         assert proxy.cuts.acquire(timeout=20)
-        outcome.wait_for(failed=1)
+        look.wait_for(failed=1)
     engine.dispose()
-    assert outcome.attempts() == ["failed"]
+    assert look.attempts() == ["failed"]
 
 
 def test_a_database_that_is_away_is_waited_for_and_told_of_once(
     row_locks: Database, proxy: Proxy, effects_app: Any, tmp_path: Path
 ) -> None:
     """At the start, and later with runs in flight."""
-    outcome = Outcome(row_locks)
+    look = Look(row_locks.sessions())
     proxy.stop()
     with workers(row_locks, tmp_path, url=proxy.url) as (worker,):
         worker.wait_for("the database is away")
         proxy.start()
         worker.wait_for("serves all queues")
-        with outcome.sessions.begin() as session:
-            session.add(enqueue(effects_app.Write("before")))
-        outcome.wait_for(succeeded=1)
+        look.add(effects_app.Write("before"))
+        look.wait_for(succeeded=1)
         proxy.stop()
         worker.wait_for("the database is away", count=2)
-        with outcome.sessions.begin() as session:
-            session.add(enqueue(effects_app.Write("while away")))
+        look.add(effects_app.Write("while away"))
         proxy.start()
         worker.wait_for("the database is back", count=2)
-        outcome.wait_for(succeeded=2)
+        look.wait_for(succeeded=2)
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
         assert worker.log.count("the database is away") == 2, worker.log
         assert "Traceback" not in worker.log
-    assert outcome.effects() == (2, 2)
+    assert look.count_effects() == (2, 2)

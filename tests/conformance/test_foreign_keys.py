@@ -1,7 +1,6 @@
 """A table of the user's refers to jobs: what that refuses or locks holds up nothing else."""
 
 import json
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +48,7 @@ from sqlalchemy_jobs.worker.settling import Settler
 from tests.conformance.test_transitions import LEASE, Bench, Note
 from tests.databases import Database
 from tests.locks import until_somebody_waits
+from tests.waiting import until
 
 RECEIPTS = Table(
     "receipt",
@@ -88,14 +88,6 @@ class ReadyOnly:
 
 
 KEY_SHARE: dict[str, Any] = {"read": True, "key_share": True}
-
-
-def until(condition: Callable[[], bool], timeout: float = 60) -> None:
-    """Wait for a condition that a worker will make true."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
 
 
 def _enforce(connection: Any, record: Any) -> None:

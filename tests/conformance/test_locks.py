@@ -5,7 +5,7 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from sqlalchemy_jobs.worker.maintenance import Maintenance
 from sqlalchemy_jobs.worker.settings import Settings
 from tests.databases import Database
 from tests.processes import workers
+from tests.waiting import until
 
 LEASE = timedelta(minutes=10)
 
@@ -36,13 +37,6 @@ LEASE = timedelta(minutes=10)
 @dataclass(frozen=True)
 class Locked:
     n: int = 0
-
-
-def until(condition: Callable[[], Any], timeout: float = 20) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.01)
 
 
 def lock_on(engine: Any) -> SessionLock:

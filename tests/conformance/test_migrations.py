@@ -4,7 +4,6 @@ import ast
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import StringIO
@@ -37,6 +36,7 @@ from sqlalchemy_jobs.migrations.versions import VERSIONS, layout
 from tests import migrating
 from tests.databases import Database, Databases
 from tests.environments import Environment, definition, execute, table_names
+from tests.waiting import until
 
 
 @declare("nothing")
@@ -476,7 +476,7 @@ def test_a_job_that_is_committed_while_the_tables_are_dropped_is_not_lost(
         session.flush()
         dropping.start()
         try:
-            wait_until(
+            until(
                 lambda: in_transaction(
                     empty_database, lambda each: each.scalar(text(_WAITING[empty_database.name]))
                 )
@@ -555,13 +555,6 @@ def start_worker(connection: Connection) -> None:
     def handle(session: Session, payload: Nothing) -> None: ...
 
     Worker(app, drain=True).run()
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # --- what a migration is refused for ------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import collections
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,12 +16,11 @@ from sqlalchemy_jobs import Job, JobApp, Worker, cancel, enqueue, job, transitio
 from sqlalchemy_jobs.claims import Wanted
 from sqlalchemy_jobs.worker import clearing
 from sqlalchemy_jobs.worker.leases import register
-from tests.conformance.test_exactly_once import Outcome, effects_app
 from tests.conformance.test_transitions import LEASE, Bench
 from tests.databases import Database
+from tests.look import Look
 from tests.processes import workers
-
-__all__ = ["effects_app"]
+from tests.waiting import until
 
 
 @job("suspect")
@@ -43,29 +41,20 @@ class OnceOnly:
     n: int = 0
 
 
-def until(condition: Callable[[], bool], timeout: float = 60) -> None:
-    """Wait for a condition that another process will make true."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.05)
-
-
 def test_a_job_that_kills_every_worker_it_runs_in_ends_as_failed(
     database: Database, tmp_path: Path, effects_app: Any
 ) -> None:
-    outcome = Outcome(database)
-    with outcome.sessions.begin() as session:
-        session.add(enqueue(effects_app.Poison()))
+    look = Look(database.sessions())
+    look.add(effects_app.Poison())
     with workers(database, tmp_path, "--lease", "1", count=3) as started:
-        until(lambda: outcome.states() == {"failed": 1})
-        until(lambda: sum(each.process.poll() is not None for each in started) == 2)
-    with outcome.sessions() as session:
+        until(lambda: look.states() == {"failed": 1}, 60)
+        until(lambda: sum(each.process.poll() is not None for each in started) == 2, 60)
+    with look.sessions() as session:
         found = session.scalars(select(Job)).one()
         assert (found.failures, found.crashes, found.attempt) == (2, 2, 2)
         assert [each.outcome for each in found.attempts] == ["crashed", "crashed"]
         assert all("died while running" in (each.message or "") for each in found.attempts)
-    assert outcome.effects() == (0, 0)
+    assert look.count_effects() == (0, 0)
 
 
 def crash(app: JobApp[Any, Any], crashes: int, *payloads: Any) -> None:

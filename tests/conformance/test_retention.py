@@ -1,6 +1,5 @@
 """Jobs that are final for long enough are deleted, and nothing else is."""
 
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from sqlalchemy_jobs.worker import maintenance
 from sqlalchemy_jobs.worker.leases import register
 from tests.databases import Database
 from tests.domain import Effect
+from tests.waiting import until
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 NOW = timedelta(0)
@@ -62,14 +62,6 @@ class Weekly:
 @dataclass(frozen=True)
 class UntilFailed:
     n: int = 0
-
-
-def until(condition: Callable[[], bool], timeout: float = 20) -> None:
-    """Wait for a condition that a thread will make true."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.01)
 
 
 def final(kind: str, state: str, age: timedelta, count: int = 1) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from sqlalchemy_jobs import (
 )
 from tests.databases import Database
 from tests.domain import Effect
+from tests.waiting import until
 
 
 @job("act", backoff=lambda failures: timedelta(0))
@@ -512,16 +513,6 @@ def test_a_job_that_nobody_serves_stays_ready_and_is_reported(
         until(lambda: '"unserved" has due jobs' in caplog.text and '"unheard_of"' in caplog.text)
     with app.sessions() as session:
         assert set(session.execute(select(Job.state, Job.attempt)).all()) == {("ready", 0)}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition that a thread will make true."""
-    import time
-
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.005)
 
 
 # --- around runs ----------------------------------------------------------------------------------------

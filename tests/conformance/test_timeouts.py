@@ -38,6 +38,7 @@ from sqlalchemy_jobs.worker.handling import ThreadHandling
 from sqlalchemy_jobs.worker.pools import Pools
 from tests.databases import Database
 from tests.domain import Effect
+from tests.waiting import until
 
 NOW = timedelta(0)
 SOON = timedelta(seconds=0.2)
@@ -54,14 +55,6 @@ class Slow:
 @dataclass(frozen=True)
 class Quick:
     n: int = 0
-
-
-def until(condition: Callable[[], bool], timeout: float = 20) -> None:
-    """Wait for a condition that a thread will make true."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.01)
 
 
 class App:

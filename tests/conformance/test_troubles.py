@@ -3,9 +3,8 @@
 import asyncio
 import logging
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +48,8 @@ from sqlalchemy_jobs.worker.maintenance import find_unserved
 from tests import domain
 from tests.databases import Database
 from tests.domain import Effect
+from tests.look import Look
+from tests.waiting import until
 
 AT_ONCE = timedelta(0)
 
@@ -65,53 +66,24 @@ class Twice:
     note: str = ""
 
 
-@dataclass
-class Look:
-    """What the database says."""
-
-    sessions: sessionmaker[Session]
-
-    def add(self, payload: Any, **options: Any) -> Any:
-        """Commit a job; return its id."""
-        with self.sessions.begin() as session:
-            made = enqueue(payload, **options)
-            session.add(made)
-            return made.id
-
-    def states(self, **where: Any) -> dict[str, int]:
-        with self.sessions() as session:
-            query = select(Job.state, func.count()).filter_by(**where).group_by(Job.state)
-            return dict(session.execute(query).all())  # type: ignore[arg-type]
-
+class Failures(Look):
     def failures(self) -> int:
         with self.sessions() as session:
             return session.scalars(select(func.sum(Job.failures))).one()
 
-    def attempts(self) -> list[tuple[str, str | None]]:
+    def errors(self) -> list[tuple[str, str | None]]:
         """Outcome and type of error of the runs that did not succeed."""
         with self.sessions() as session:
             query = select(Attempt.outcome, Attempt.error_type).order_by(Attempt.finished_at)
             return [tuple(each) for each in session.execute(query)]  # type: ignore[misc]
 
-    def effects(self) -> list[str]:
-        with self.sessions() as session:
-            return sorted(session.scalars(select(Effect.note)))
-
 
 @pytest.fixture
-def look(request: pytest.FixtureRequest) -> Look:
+def look(request: pytest.FixtureRequest) -> Failures:
     """At whichever database the test uses; through sessions of its own."""
     (name,) = (name for name in ("database", "sqlite") if name in request.fixturenames)
     database: Database = request.getfixturevalue(name)
-    return Look(database.sessions())
-
-
-def until(condition: Callable[[], bool], timeout: float = 20) -> None:
-    """Wait for a condition that a thread will make true."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.01)
+    return Failures(database.sessions())
 
 
 # --- an error at the commit ---------------------------------------------------------------------------
@@ -119,7 +91,7 @@ def until(condition: Callable[[], bool], timeout: float = 20) -> None:
 
 @pytest.mark.parametrize("transaction", ["wrapped", "manual"])
 def test_an_error_of_a_commit_listener_is_a_failure_of_the_job(
-    database: Database, look: Look, transaction: Any
+    database: Database, look: Failures, transaction: Any
 ) -> None:
     """The user's own rule refused the work: it is not written, and not tried for ever."""
     sessions = database.sessions()
@@ -139,11 +111,11 @@ def test_an_error_of_a_commit_listener_is_a_failure_of_the_job(
     with app.worker(shutdown_timeout=AT_ONCE):
         until(lambda: look.states() == {"failed": 1})
     assert (len(calls), look.failures(), look.effects()) == (2, 2, [])
-    assert look.attempts() == [("failed", "ValueError")] * 2
+    assert look.errors() == [("failed", "ValueError")] * 2
 
 
 def test_an_error_of_a_commit_listener_is_a_failure_of_an_async_job(
-    sqlite: Database, look: Look
+    sqlite: Database, look: Failures
 ) -> None:
     class Ruled(Session): ...
 
@@ -163,11 +135,11 @@ def test_an_error_of_a_commit_listener_is_a_failure_of_an_async_job(
     with app.worker(shutdown_timeout=AT_ONCE):
         until(lambda: look.states() == {"failed": 1})
     assert (look.failures(), look.effects()) == (2, [])
-    assert look.attempts() == [("failed", "ValueError")] * 2
+    assert look.errors() == [("failed", "ValueError")] * 2
 
 
 def test_a_handler_that_commits_its_connection_fails_and_does_not_run_for_ever(
-    database: Database, look: Look
+    database: Database, look: Failures
 ) -> None:
     """The guard does not see such a commit; the worker's own then finds its transaction gone."""
     app: JobApp[Any, Any] = JobApp(database.sessions())
@@ -182,7 +154,7 @@ def test_a_handler_that_commits_its_connection_fails_and_does_not_run_for_ever(
     with app.worker(shutdown_timeout=AT_ONCE):
         until(lambda: look.states() == {"failed": 1})
     assert (len(calls), look.failures()) == (2, 2)
-    assert [outcome for outcome, _ in look.attempts()] == ["failed"] * 2
+    assert [outcome for outcome, _ in look.errors()] == ["failed"] * 2
 
 
 # --- results and outcomes that are refused ------------------------------------------------------------
@@ -195,7 +167,7 @@ def test_a_handler_that_commits_its_connection_fails_and_does_not_run_for_ever(
     ids=["NUL", "surrogate", "NUL in a key", "int of 5000 digits"],
 )
 def test_a_result_that_no_database_stores_is_refused_before_it_gets_there(
-    database: Database, look: Look, result: Any, use_session: bool
+    database: Database, look: Failures, result: Any, use_session: bool
 ) -> None:
     app: JobApp[Any, Any] = JobApp(database.sessions())
 
@@ -208,13 +180,13 @@ def test_a_result_that_no_database_stores_is_refused_before_it_gets_there(
     look.add(Twice())
     with app.worker(shutdown_timeout=AT_ONCE):
         until(lambda: look.states() == {"failed": 1})
-    assert look.attempts() == [("failed", "sqlalchemy_jobs.errors.ResultError")] * 2
+    assert look.errors() == [("failed", "sqlalchemy_jobs.errors.ResultError")] * 2
     assert (look.failures(), look.effects()) == (2, [])
 
 
 @pytest.mark.parametrize("outcome", [Cancel, Fail])
 def test_a_reason_that_is_no_string_is_told_to_the_handler_that_gives_it(
-    sqlite: Database, look: Look, outcome: Any
+    sqlite: Database, look: Failures, outcome: Any
 ) -> None:
     """Not to the worker, when it writes the reason down."""
     app: JobApp[Any, Any] = JobApp(sqlite.sessions())
@@ -228,7 +200,7 @@ def test_a_reason_that_is_no_string_is_told_to_the_handler_that_gives_it(
     look.add(Twice())
     with app.worker(shutdown_timeout=AT_ONCE):
         until(lambda: look.states() == {"failed": 1})
-    assert look.attempts() == [("failed", "TypeError")] * 2
+    assert look.errors() == [("failed", "TypeError")] * 2
 
 
 # --- a run that is given up before it has begun -------------------------------------------------------
@@ -257,7 +229,7 @@ class Blocked:
     """
 
     worker: Worker
-    look: Look
+    look: Failures
     began: threading.Event = field(default_factory=threading.Event)
     started: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     went_on: threading.Event = field(default_factory=threading.Event)
@@ -280,7 +252,7 @@ class Blocked:
 
 
 @pytest.fixture
-def blocked(sqlite: Database, look: Look, monkeypatch: pytest.MonkeyPatch) -> Blocked:
+def blocked(sqlite: Database, look: Failures, monkeypatch: pytest.MonkeyPatch) -> Blocked:
     monkeypatch.setattr(maintenance, "SWEEP", 0.1)
     cancelled = threading.Semaphore(0)
     original_cancel, original_start = EventLoop.cancel, EventLoop.start
@@ -350,7 +322,7 @@ def test_async_runs_that_had_not_begun_at_the_shutdown_are_given_back(blocked: B
     assert blocked.went_on.wait(20)  # the loop may go on a moment after the worker gave it up
     assert blocked.look.states(kind="quick") == {"ready": 2}
     assert "running" not in blocked.look.states()
-    assert blocked.look.attempts() == []
+    assert blocked.look.errors() == []
     assert blocked.look.failures() == 0
 
 
@@ -361,7 +333,7 @@ def test_async_runs_that_had_not_begun_at_the_shutdown_are_given_back(blocked: B
 @pytest.mark.parametrize("concurrency", [1, 2])
 def test_a_handler_thread_that_cannot_be_started_releases_its_run_and_the_worker_works_on(
     sqlite: Database,
-    look: Look,
+    look: Failures,
     monkeypatch: pytest.MonkeyPatch,
     times: int,
     concurrency: int,
@@ -390,8 +362,8 @@ def test_a_handler_thread_that_cannot_be_started_releases_its_run_and_the_worker
     with app.worker(concurrency=concurrency, shutdown_timeout=AT_ONCE):
         until(lambda: look.states() == {"succeeded": 6})
     assert refusals == []
-    assert (look.effects(), look.failures()) == (notes, 0)
-    assert set(look.attempts()) == {("released", None)}
+    assert (sorted(look.effects()), look.failures()) == (notes, 0)
+    assert set(look.errors()) == {("released", None)}
 
 
 # --- an end that cannot be written down for a while ---------------------------------------------------
@@ -426,7 +398,7 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 @pytest.mark.parametrize("how", ["None", "result", "raises"])
 def test_a_server_that_is_read_only_for_a_while_costs_no_job_and_no_second_run(
     database: Database,
-    look: Look,
+    look: Failures,
     read_only: threading.Event,
     caplog: pytest.LogCaptureFixture,
     how: str,
@@ -464,13 +436,13 @@ def test_a_server_that_is_read_only_for_a_while_costs_no_job_and_no_second_run(
     failed = 3 if how == "raises" else 0
     assert calls == dict.fromkeys(notes, 2 if failed else 1)
     assert look.failures() == failed
-    assert look.attempts() == [("failed", "ValueError")] * failed
+    assert look.errors() == [("failed", "ValueError")] * failed
 
 
 @pytest.mark.parametrize("error", [OperationalError, InternalError])
 @pytest.mark.parametrize("times", [1, 2, 3, 4, 5])
 def test_an_end_that_is_refused_is_written_down_at_a_later_try(
-    sqlite: Database, look: Look, monkeypatch: pytest.MonkeyPatch, error: Any, times: int
+    sqlite: Database, look: Failures, monkeypatch: pytest.MonkeyPatch, error: Any, times: int
 ) -> None:
     """At whichever try the refusal is over: a job does not fail for it, and is not given up."""
     monkeypatch.setattr(settling, "PATIENCE", 0.0, raising=False)
@@ -494,11 +466,11 @@ def test_an_end_that_is_refused_is_written_down_at_a_later_try(
     with app.worker(shutdown_timeout=AT_ONCE):
         until(lambda: not look.states().keys() & {"ready", "running"})
     assert refusals == []
-    assert (look.states(), look.attempts(), len(calls)) == ({"succeeded": 1}, [], 1)
+    assert (look.states(), look.errors(), len(calls)) == ({"succeeded": 1}, [], 1)
 
 
 def test_a_run_whose_end_is_refused_for_a_while_does_not_hold_up_the_others(
-    sqlite: Database, look: Look, monkeypatch: pytest.MonkeyPatch
+    sqlite: Database, look: Failures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app: JobApp[Any, Any] = JobApp(sqlite.sessions())
     calls: Counter[str] = Counter()
@@ -529,7 +501,7 @@ def test_a_run_whose_end_is_refused_for_a_while_does_not_hold_up_the_others(
         over.set()
         until(lambda: look.states() == {"succeeded": 6})
     assert set(calls.values()) == {1}
-    assert look.attempts() == []
+    assert look.errors() == []
 
 
 # --- an end in bounded time ---------------------------------------------------------------------------
@@ -555,7 +527,7 @@ class InThread:
 
 
 def test_a_handler_that_blocks_its_own_loop_does_not_keep_the_worker_from_ending(
-    sqlite: Database, look: Look, monkeypatch: pytest.MonkeyPatch
+    sqlite: Database, look: Failures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module, "RELEASE_WAIT", 0.1)
     monkeypatch.setattr(loops, "LAST_STEP", 0.2)
@@ -584,7 +556,7 @@ def test_a_handler_that_blocks_its_own_loop_does_not_keep_the_worker_from_ending
 
 
 def test_however_often_a_worker_is_told_to_stop_it_releases_what_hangs(
-    database: Database, look: Look, monkeypatch: pytest.MonkeyPatch
+    database: Database, look: Failures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second stop() ends the waiting for the run, a third must not end the waiting for its release."""
     app: JobApp[Any, Any] = JobApp(database.sessions())
@@ -613,7 +585,7 @@ def test_however_often_a_worker_is_told_to_stop_it_releases_what_hangs(
         assert running.returns_within(30)
         assert running.returned == [False]
         assert look.states() == {"ready": 1}
-        assert look.attempts() == [("released", None)]
+        assert look.errors() == [("released", None)]
     finally:
         go_on.set()
 
@@ -622,7 +594,7 @@ def test_however_often_a_worker_is_told_to_stop_it_releases_what_hangs(
 
 
 def test_a_queue_with_one_job_is_served_soon_beside_a_queue_with_many(
-    database: Database, look: Look
+    database: Database, look: Failures
 ) -> None:
     app: JobApp[Any, Any] = JobApp(database.sessions())
     order: list[str] = []
@@ -635,7 +607,9 @@ def test_a_queue_with_one_job_is_served_soon_beside_a_queue_with_many(
     assert order.index("one") < 100
 
 
-def test_what_any_live_worker_serves_is_not_called_unserved(database: Database, look: Look) -> None:
+def test_what_any_live_worker_serves_is_not_called_unserved(
+    database: Database, look: Failures
+) -> None:
     with look.sessions.begin() as session:
         five = timedelta(minutes=5)
         register(session, five, ["mail", "default"], ["trouble"])
@@ -660,7 +634,7 @@ def test_what_any_live_worker_serves_is_not_called_unserved(database: Database, 
 
 
 def test_a_worker_does_not_complain_of_a_queue_that_another_one_serves(
-    sqlite: Database, look: Look, caplog: pytest.LogCaptureFixture
+    sqlite: Database, look: Failures, caplog: pytest.LogCaptureFixture
 ) -> None:
     app: JobApp[Any, Any] = JobApp(sqlite.sessions())
     app.handler(Trouble)(lambda session, payload: None)
@@ -678,7 +652,7 @@ def test_a_worker_does_not_complain_of_a_queue_that_another_one_serves(
 
 def test_a_handler_that_uses_two_databases_is_warned_about_once(
     sqlite: Database,
-    look: Look,
+    look: Failures,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

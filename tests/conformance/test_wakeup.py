@@ -7,7 +7,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -41,6 +41,7 @@ from sqlalchemy_jobs.worker import Worker, claiming, idling, leases, wakeup
 from sqlalchemy_jobs.worker.lanes import Lanes
 from sqlalchemy_jobs.worker.wakeup import Wakeup
 from tests.databases import Database
+from tests.waiting import until
 
 POLL = timedelta(seconds=60)
 SOON = 40.0
@@ -51,13 +52,6 @@ SOON = 40.0
 @dataclass(frozen=True)
 class Woken:
     n: int = 0
-
-
-def until(condition: Callable[[], Any], timeout: float = SOON) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.005)
 
 
 @dataclass

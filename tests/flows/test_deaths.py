@@ -2,60 +2,30 @@
 
 import signal
 import sqlite3
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import sessionmaker
 
-from sqlalchemy_jobs import Attempt, Job, WorkerRow, enqueue
+from sqlalchemy_jobs import Job, WorkerRow
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.worker.leases import LATENESS, LONE_RENEWAL
 from tests.databases import Database, EmbeddedPostgres
-from tests.domain import Effect
+from tests.look import Look
 from tests.processes import WorkerProcess, workers
 from tests.proxy import Proxy
+from tests.waiting import until
 
 LONGEST = LONE_RENEWAL + LATENESS
 
 
-@pytest.fixture
-def effects_app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The module that the worker processes run; here only for its payload classes."""
-    monkeypatch.setenv("SAJOBS_TEST_URL", "sqlite://")
-    monkeypatch.setenv("SAJOBS_TEST_FOLDER", str(tmp_path))
-    from tests.apps import effects
-
-    return effects
-
-
-@dataclass
-class Look:
-    """What the database says."""
-
-    sessions: sessionmaker[Session]
-
-    def add(self, payload: Any) -> None:
-        with self.sessions.begin() as session:
-            session.add(enqueue(payload))
-
+class Workers(Look):
     def jobs(self) -> list[tuple[str, int]]:
         """State and attempt of each job."""
         with self.sessions() as session:
             found = session.execute(select(Job.state, Job.attempt).order_by(Job.id))
             return [tuple(each) for each in found]  # type: ignore[misc]
-
-    def attempts(self) -> list[str]:
-        with self.sessions() as session:
-            return list(session.scalars(select(Attempt.outcome).order_by(Attempt.finished_at)))
-
-    def effects(self) -> list[str]:
-        with self.sessions() as session:
-            return list(session.scalars(select(Effect.note).order_by(Effect.id)))
 
     def workers(self) -> list[WorkerRow]:
         """The workers that are not declared dead."""
@@ -74,27 +44,20 @@ class Look:
         return {each.server_start for each in self.workers()}
 
 
-def until(condition: Callable[[], Any], timeout: float = 30) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
-
-
 # --- killed -----------------------------------------------------------------------------------------
 
 
 def test_the_jobs_of_a_killed_worker_run_again_long_before_its_lease_passes(
     row_locks: Database, tmp_path: Path, effects_app: Any
 ) -> None:
-    look = Look(row_locks.sessions())
+    look = Workers(row_locks.sessions())
     look.add(effects_app.WriteAndHang())
     with workers(row_locks, tmp_path, "--lease", "600") as (victim,):
         victim.wait_for("SIGN flushed")
         with workers(row_locks, tmp_path, "--lease", "600") as (rescuer,):
             rescuer.wait_for("serves all queues")
             victim.signal(signal.SIGKILL)
-            rescuer.wait_for("is dead, the server has freed its lock; jobs brought back: 1", 60)
+            rescuer.wait_for("is dead, the server has freed its lock; jobs brought back: 1")
             until(lambda: look.jobs() == [("succeeded", 2)])
     assert (look.effects(), look.attempts()) == (["hung"], ["crashed"])
 
@@ -106,7 +69,7 @@ def test_live_workers_go_through_a_restart_of_the_server_without_a_rescue(
     embedded_postgresql: EmbeddedPostgres, postgresql: Database, tmp_path: Path, effects_app: Any
 ) -> None:
     """All locks are free then, and nobody has renewed for a while."""
-    look = Look(sessionmaker(postgresql.engine(pool_pre_ping=True)))
+    look = Workers(sessionmaker(postgresql.engine(pool_pre_ping=True)))
     for _ in range(2):
         look.add(effects_app.Wait())
     with workers(postgresql, tmp_path, "--concurrency", "1", count=2) as both:
@@ -123,7 +86,7 @@ def test_live_workers_go_through_an_outage_of_the_network_without_a_rescue(
     row_locks: Database, tmp_path: Path, effects_app: Any
 ) -> None:
     """The server still knows when it was started, and has freed the locks of all."""
-    look = Look(row_locks.sessions())
+    look = Workers(row_locks.sessions())
     for _ in range(2):
         look.add(effects_app.Wait())
     proxy = Proxy(row_locks.url)
@@ -141,7 +104,7 @@ def test_live_workers_go_through_an_outage_of_the_network_without_a_rescue(
     proxy.stop()
 
 
-def finish(look: Look, both: list[WorkerProcess], folder: Path) -> None:
+def finish(look: Workers, both: list[WorkerProcess], folder: Path) -> None:
     """Let the jobs end, each in its first run and in the worker that it began in."""
     assert len(look.workers()) == 2
     (folder / "go").touch()
@@ -163,7 +126,7 @@ def test_a_worker_that_slept_beyond_its_lease_changes_nothing_that_others_now_ow
 
     Its runs complete, snooze, fail, and are released at its shutdown: none of that is written.
     """
-    look = Look(database.sessions())
+    look = Workers(database.sessions())
     endings = ["completes", "snoozes", "fails", "fails for good", "does not end"]
     count = len(endings)
     for how in endings:

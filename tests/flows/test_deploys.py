@@ -4,8 +4,7 @@ The versions after the newest are made up here.
 """
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from sqlalchemy_jobs.migrations.operations import Steps
 from tests.databases import Database
 from tests.domain import Effect
 from tests.processes import workers
+from tests.waiting import until
 
 LATEST = migrations.LATEST
 AT_LATEST = f"at version {LATEST}"
@@ -294,30 +294,23 @@ def test_a_migration_under_a_running_worker_loses_no_job(
 
         enqueueing.start()
         try:
-            wait_until(lambda: done() >= 10)
+            until(lambda: done() >= 10, 60)
             for to in (LATEST + 1, LATEST, LATEST + 1, LATEST):
                 with release(NEXT):
                     migrate(database, to=to)
                 before = done()
-                wait_until(lambda before=before: done() >= before + 10)
+                until(lambda before=before: done() >= before + 10, 60)
         finally:
             enqueueing.stop.set()
             enqueueing.join(60)
         assert enqueueing.failed == []
-        wait_until(lambda: done() == len(enqueueing.made))
+        until(lambda: done() == len(enqueueing.made), 60)
         effects = select(Effect.job_id, func.count()).group_by(Effect.job_id)
         assert {row[0]: row[1] for row in session.execute(effects)} == {
             each.hex: 1 for each in enqueueing.made
         }
         assert session.scalar(select(func.count()).select_from(Attempt)) == 0
     assert names_in(database) == set(versions.layout(LATEST))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # --- the versions that there are ------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,20 +20,13 @@ from sqlalchemy_jobs.worker.leases import Lease
 from sqlalchemy_jobs.worker.loops import LoopThread
 from tests.databases import Database
 from tests.domain import Effect
+from tests.waiting import until
 
 
 @job("ending", max_attempts=1)
 @dataclass(frozen=True)
 class Ending:
     n: int = 0
-
-
-def until(condition: Callable[[], bool], timeout: float = 20) -> None:
-    """Wait for a condition that a thread will make true."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.01)
 
 
 def own_threads() -> set[str]:

@@ -17,7 +17,6 @@ from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqlalchemy_jobs import (
-    Attempt,
     Job,
     JobApp,
     Worker,
@@ -33,8 +32,10 @@ from sqlalchemy_jobs.worker.claiming import Claimer
 from sqlalchemy_jobs.worker.leases import register
 from tests.databases import Database
 from tests.domain import Effect
+from tests.look import Look
 from tests.processes import workers
 from tests.proxy import Proxy
+from tests.waiting import until
 
 
 @job("live", backoff=lambda failures: timedelta(0))
@@ -43,42 +44,7 @@ class Live:
     note: str = ""
 
 
-@pytest.fixture
-def effects_app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The module that the worker processes run; here only for its payload classes."""
-    monkeypatch.setenv("SAJOBS_TEST_URL", "sqlite://")
-    monkeypatch.setenv("SAJOBS_TEST_FOLDER", str(tmp_path))
-    from tests.apps import effects
-
-    return effects
-
-
-@dataclass
-class Look:
-    """What the database says."""
-
-    sessions: sessionmaker[Session]
-
-    def add(self, payload: Any, **options: Any) -> Any:
-        """Commit a job; return its id."""
-        with self.sessions.begin() as session:
-            made = enqueue(payload, **options)
-            session.add(made)
-            return made.id
-
-    def states(self, **where: Any) -> dict[str, int]:
-        with self.sessions() as session:
-            query = select(Job.state, func.count()).filter_by(**where).group_by(Job.state)
-            return dict(session.execute(query).all())  # type: ignore[arg-type]
-
-    def effects(self) -> list[str]:
-        with self.sessions() as session:
-            return list(session.scalars(select(Effect.note).order_by(Effect.id)))
-
-    def attempts(self) -> list[str]:
-        with self.sessions() as session:
-            return list(session.scalars(select(Attempt.outcome).order_by(Attempt.finished_at)))
-
+class Workers(Look):
     def workers(self) -> dict[Any, tuple[str, str]]:
         """Name and state by id, the oldest first."""
         with self.sessions() as session:
@@ -91,26 +57,19 @@ class Look:
 
 
 @pytest.fixture
-def look(request: pytest.FixtureRequest) -> Look:
+def look(request: pytest.FixtureRequest) -> Workers:
     """At whichever database the test uses."""
     names = ("database", "row_locks", "sqlite", "postgresql")
     (name,) = (name for name in names if name in request.fixturenames)
     database: Database = request.getfixturevalue(name)
-    return Look(database.sessions())
-
-
-def until(condition: Callable[[], bool], timeout: float = 30) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.01)
+    return Workers(database.sessions())
 
 
 # --- draining -------------------------------------------------------------------------------------
 
 
 def test_drain_waits_for_a_job_of_a_killed_worker_and_finishes_it(
-    database: Database, look: Look, tmp_path: Path, effects_app: Any
+    database: Database, look: Workers, tmp_path: Path, effects_app: Any
 ) -> None:
     look.add(effects_app.Wait())
     with workers(database, tmp_path, "--lease", "2") as (victim,):
@@ -130,7 +89,7 @@ def test_drain_waits_for_a_job_of_a_killed_worker_and_finishes_it(
 
 
 def test_drain_waits_for_a_job_that_another_live_worker_runs(
-    database: Database, look: Look, tmp_path: Path, effects_app: Any
+    database: Database, look: Workers, tmp_path: Path, effects_app: Any
 ) -> None:
     """What it does may be more work for the one that drains."""
     look.add(effects_app.Wait())
@@ -147,7 +106,7 @@ def test_drain_waits_for_a_job_that_another_live_worker_runs(
 
 
 def test_drain_does_not_leave_a_job_that_comes_back_between_its_two_looks(
-    database: Database, look: Look, monkeypatch: pytest.MonkeyPatch
+    database: Database, look: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was running when the worker looked for due jobs, and is ready when it looks for running ones."""
     app: JobApp[Any, Any] = JobApp(database.sessions())
@@ -177,7 +136,7 @@ def test_drain_does_not_leave_a_job_that_comes_back_between_its_two_looks(
 
 @pytest.mark.parametrize("differs", ["queue", "priority"])
 def test_drain_does_not_leave_jobs_that_handlers_enqueued_elsewhere(
-    database: Database, look: Look, differs: str
+    database: Database, look: Workers, differs: str
 ) -> None:
     """Each run enqueues the next job, with a queue or priority that the worker has not seen yet."""
     app: JobApp[Any, Any] = JobApp(database.sessions())
@@ -195,7 +154,7 @@ def test_drain_does_not_leave_jobs_that_handlers_enqueued_elsewhere(
     assert (look.states(), look.effects()) == ({"succeeded": 10}, [str(n) for n in range(10)])
 
 
-def test_drain_does_not_wait_for_what_is_not_its_own(database: Database, look: Look) -> None:
+def test_drain_does_not_wait_for_what_is_not_its_own(database: Database, look: Workers) -> None:
     """Jobs of other queues and kinds, scheduled ones, and those that other queues run."""
 
     @job("of_others")
@@ -223,7 +182,7 @@ def test_drain_does_not_wait_for_what_is_not_its_own(database: Database, look: L
 
 
 def test_only_the_named_queues_are_served_each_with_its_own_limit(
-    database: Database, look: Look
+    database: Database, look: Workers
 ) -> None:
     app: JobApp[Any, Any] = JobApp(database.sessions())
     lock, active, most = threading.Lock(), Counter[str](), Counter[str]()
@@ -253,7 +212,7 @@ def test_only_the_named_queues_are_served_each_with_its_own_limit(
 
 
 def test_a_limited_queue_does_not_keep_an_unlimited_one_from_its_slots(
-    database: Database, look: Look
+    database: Database, look: Workers
 ) -> None:
     """`--queue mail=2 --queue default`: mail waits in a long line, the rest is for the others."""
     app: JobApp[Any, Any] = JobApp(database.sessions())
@@ -286,7 +245,7 @@ def test_a_limited_queue_does_not_keep_an_unlimited_one_from_its_slots(
 
 
 def test_a_slot_of_a_full_queue_is_used_as_soon_as_it_is_free(
-    sqlite: Database, look: Look, monkeypatch: pytest.MonkeyPatch
+    sqlite: Database, look: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while another queue has room and nothing due, so that the worker has gone to sleep."""
     poll = timedelta(seconds=60)
@@ -371,7 +330,7 @@ def heeding(url: Any) -> Iterator[Heeding]:
 
 
 def test_a_worker_that_cannot_renew_stops_its_runs_and_works_again_when_it_can(
-    postgresql: Database, look: Look, proxy: Proxy, caplog: pytest.LogCaptureFixture
+    postgresql: Database, look: Workers, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     with heeding(proxy.url) as this:
@@ -395,7 +354,7 @@ def test_a_worker_that_cannot_renew_stops_its_runs_and_works_again_when_it_can(
 
 
 @contextmanager
-def renewals_hang(look: Look) -> Iterator[None]:
+def renewals_hang(look: Workers) -> Iterator[None]:
     """Hold the worker's row so that its renewal waits, while claims do not (they take a key-share lock)."""
     with look.sessions.begin() as session:
         session.execute(select(WorkerRow.id).with_for_update(key_share=True)).one()
@@ -403,7 +362,7 @@ def renewals_hang(look: Look) -> Iterator[None]:
 
 
 def test_a_worker_whose_renewal_hangs_claims_nothing_once_its_lease_is_uncertain(
-    postgresql: Database, look: Look
+    postgresql: Database, look: Workers
 ) -> None:
     """As in a network that swallows packets: no error tells of it."""
     with heeding(postgresql.url) as this, this.app.worker(lease=timedelta(seconds=1)):
@@ -418,7 +377,7 @@ def test_a_worker_whose_renewal_hangs_claims_nothing_once_its_lease_is_uncertain
 
 
 def test_a_worker_whose_renewal_hangs_stops_its_runs_meanwhile(
-    postgresql: Database, look: Look
+    postgresql: Database, look: Workers
 ) -> None:
     """By a second loop; that it does so before the lease ends is shown with a clock in test_worker_parts."""
     with heeding(postgresql.url) as this, this.app.worker(lease=timedelta(seconds=1)):
@@ -430,7 +389,7 @@ def test_a_worker_whose_renewal_hangs_stops_its_runs_meanwhile(
         assert asked, "the run was not told to stop"
 
 
-def until_passed(look: Look) -> None:
+def until_passed(look: Workers) -> None:
     """Wait until the lease of the only worker has passed."""
     from sqlalchemy_jobs.columns import server_now
 
@@ -452,7 +411,7 @@ def _comes_true(condition: Callable[[], bool], within: float) -> bool:
 
 
 def test_a_worker_that_was_frozen_writes_nothing_afterwards_and_goes_on_under_a_new_id(
-    row_locks: Database, look: Look, tmp_path: Path, effects_app: Any
+    row_locks: Database, look: Workers, tmp_path: Path, effects_app: Any
 ) -> None:
     """SIGSTOP for longer than its lease; another worker did its job meanwhile."""
     look.add(effects_app.Wait())
@@ -484,7 +443,7 @@ def test_a_worker_that_was_frozen_writes_nothing_afterwards_and_goes_on_under_a_
     assert look.attempts() == ["crashed"]
 
 
-def freeze_between_renewals(worker: Any, look: Look, worker_id: Any) -> None:
+def freeze_between_renewals(worker: Any, look: Workers, worker_id: Any) -> None:
     """Right after a renewal, so that it holds no lock while it is frozen."""
 
     def heartbeat() -> Any:
@@ -515,7 +474,7 @@ def test_a_run_whose_end_cannot_be_written_down_does_not_hold_up_the_others(
 ) -> None:
     """MySQL cuts the connection at a statement beyond max_allowed_packet, each time that it is tried."""
     monkeypatch.setattr(settling, "PATIENCE", 3600.0)
-    look = Look(mysql.sessions())
+    look = Workers(mysql.sessions())
     with look.sessions() as session:
         most = session.scalar(text("SELECT @@max_allowed_packet"))
     app: JobApp[Any, Any] = JobApp(mysql.sessions())
@@ -541,7 +500,7 @@ def test_a_run_whose_end_cannot_be_written_down_does_not_hold_up_the_others(
 class Late:
     """A worker whose handler ended only after the worker was closed."""
 
-    look: Look
+    look: Workers
     worker: Worker
     before: tuple[Any, ...]
     """What the database said when the worker was closed."""
@@ -551,7 +510,7 @@ class Late:
 
 
 @pytest.fixture
-def late(database: Database, look: Look, monkeypatch: pytest.MonkeyPatch) -> Iterator[Late]:
+def late(database: Database, look: Workers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Late]:
     # Whoever waited for one of these would find that the handler has given up by then.
     monkeypatch.setattr(worker_module, "EMBEDDED_SHUTDOWN", timedelta(hours=1))
     monkeypatch.setattr(worker_module, "RELEASE_WAIT", 3600.0)

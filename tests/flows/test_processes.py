@@ -17,16 +17,6 @@ from tests.processes import WorkerProcess, workers
 END = "(end of its log)"  # of all: the supervisor and its processes write to the same pipe
 
 
-@pytest.fixture
-def effects_app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The module that the worker processes run; here only for its payload classes."""
-    monkeypatch.setenv("SAJOBS_TEST_URL", "sqlite://")
-    monkeypatch.setenv("SAJOBS_TEST_FOLDER", str(tmp_path))
-    from tests.apps import effects
-
-    return effects
-
-
 def add(database: Database, *payloads: Any) -> None:
     with database.sessions().begin() as session:
         session.add_all([enqueue(each) for each in payloads])

@@ -14,8 +14,8 @@ from sqlalchemy import select
 from sqlalchemy_jobs import JobApp, Queue, enqueue, job
 from sqlalchemy_jobs.cli import main
 from sqlalchemy_jobs.cli.listing import laid_out
-from tests.conformance.test_poison import until
 from tests.databases import Database
+from tests.waiting import until
 
 Sajobs = Callable[..., Result]
 
@@ -54,7 +54,7 @@ def test_the_queues_are_listed_with_what_waits_and_who_serves_them(
         session.add(Queue(name="odd", strategy="foo", concurrency=3, rate="5/minute"))
         session.add(Queue(name="old", ageing=90.0, paused=True))
     with app.worker(queues=["mail.eu", "mail.*", "old"]):
-        until(lambda: "mail.eu" in sajobs("queues").stdout)
+        until(lambda: "mail.eu" in sajobs("queues").stdout, 60)
         found = rows(listed := sajobs("queues"))
         kinds = rows(sajobs("kinds"))
     (worker,) = {found["mail.eu"]["WORKERS"], found["old"]["WORKERS"], kinds["letter"]["WORKERS"]}

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from sqlalchemy_jobs.worker import execution, guard
 from tests.databases import Database
 from tests.domain import Effect, Order
 from tests.processes import ROOT, workers
+from tests.waiting import until
 
 # --- many processes -------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ def test_three_workers_and_two_enqueuing_processes_share_one_file(
         for process in enqueuing:
             _, said = process.communicate(timeout=90)
             assert (process.returncode, said) == (0, "")
-        until(lambda: states(sqlite) == {"succeeded": committed})
+        until(lambda: states(sqlite) == {"succeeded": committed}, 60)
         for worker in three:
             worker.signal(signal.SIGTERM)
         assert [worker.wait() for worker in three] == [0, 0, 0]
@@ -104,13 +104,6 @@ def states(database: Database) -> dict[str, int]:
     with database.sessions()() as session:
         query = select(Job.state, func.count()).group_by(Job.state)
         return dict(session.execute(query).all())  # type: ignore[arg-type]
-
-
-def until(condition: Callable[[], bool], timeout: float = 60) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
 
 
 # --- the warning about long writes ------------------------------------------------------------------
