@@ -43,6 +43,7 @@ from sqlalchemy_jobs.dialects.completing import LEASE_LOST, Completing
 from sqlalchemy_jobs.dialects.listening import CHANNEL_OF_TABLE, Listening, table_of
 from sqlalchemy_jobs.dialects.postgresql_claims import (
     ORDER,
+    array_of,
     claim_of_lanes,
     in_schema,
     schema_in,
@@ -177,27 +178,26 @@ class PostgreSQL(Dialect):
     def claim(self, session: Session, wanted: Wanted) -> list[Claim]:
         rooms, lanes = wanted.rooms(), wanted.in_turn()
         marks = [wanted.marks.get(lane, (None, None)) for lane in lanes]
-        rows = session.execute(
-            claim_of_lanes(schema_in(session), wanted.free_slots),
-            {
-                "pools": list(rooms),
-                "rooms": list(rooms.values()),
-                "lane_pools": [wanted.pool(queue) for queue, _ in lanes],
-                "lane_queues": [queue for queue, _ in lanes],
-                "lane_priorities": [priority for _, priority in lanes],
-                "lane_shares": [wanted.shares.get(lane, wanted.room[lane[0]]) for lane in lanes],
-                "mark_run_ats": [run_at for run_at, _ in marks],
-                "mark_ids": [job_id for _, job_id in marks],
-                "kinds": list(wanted.kinds),
-                "never_alone": list(wanted.never_alone),
-                "worker_id": wanted.worker_id,
-                "total": wanted.total,
-                "suspects": wanted.suspects,
-                "ahead": wanted.ahead,
-                "durable": wanted.durable,
-            },
-            bind_arguments=TO_JOB,
-        ).all()
+        values = {
+            "pools": array_of(rooms),
+            "rooms": array_of(rooms.values()),
+            "lane_pools": array_of(wanted.pool(queue) for queue, _ in lanes),
+            "lane_queues": array_of(queue for queue, _ in lanes),
+            "lane_priorities": array_of(priority for _, priority in lanes),
+            "lane_shares": array_of(
+                wanted.shares.get(lane, wanted.room[lane[0]]) for lane in lanes
+            ),
+            "mark_run_ats": array_of(run_at for run_at, _ in marks),
+            "mark_ids": array_of(job_id for _, job_id in marks),
+            "kinds": array_of(wanted.kinds),
+            "never_alone": array_of(wanted.never_alone),
+            "worker_id": wanted.worker_id,
+            "total": wanted.total,
+            "suspects": wanted.suspects,
+            "ahead": wanted.ahead,
+            "durable": wanted.durable,
+        }
+        rows = claim_of_lanes(session, wanted.free_slots, values)
         # RETURNING has no order.
         return [claim_of(row, row[1], wanted.worker_id) for row in sorted(rows, key=ORDER)]
 

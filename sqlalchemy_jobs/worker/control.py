@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select
+from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, make_url, select
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import dialects, sqlite
@@ -50,6 +51,9 @@ class Control:
             self._engine = _own_async(engine, durable)
             self._loop = LoopThread("control")
         self._autocommitting = self._engine.execution_options(**_AUTOCOMMIT)
+        self._keeps_sessions = isinstance(engine, Engine) and isinstance(engine.pool, QueuePool)
+        self._sessions: deque[Session] = deque()
+        """For ``statements``, each with a connection in autocommit: to make them costs as much as a statement."""
         self._level_of_a_statement: str | None = None
 
     def transaction(self, work: Callable[[Session], T]) -> T:
@@ -118,6 +122,7 @@ class Control:
         self._closed = True
         if self._loop is None:
             self.drop_kept_connection()
+            self._close_sessions()
             cast(Engine, self._engine).dispose()
         else:
             self._loop.close(self._close_async(cast("AsyncEngine", self._engine)))
@@ -125,8 +130,31 @@ class Control:
     def _once(self, work: Callable[[Session], T], engine: Engine | AsyncEngine) -> T:
         if self._loop is not None:
             return self._loop.call(self._once_async(cast("AsyncEngine", engine), work))
+        if engine is self._autocommitting and self._keeps_sessions:
+            return self._in_kept_session(work)
         with Session(cast(Engine, engine)) as session, session.begin():
             return work(session)
+
+    def _in_kept_session(self, work: Callable[[Session], T]) -> T:
+        try:
+            session = self._sessions.pop()
+        except IndexError:
+            session = Session(cast(Engine, self._autocommitting).connect())
+        try:
+            with session.begin():
+                result = work(session)
+        except BaseException:
+            _close(session)
+            raise
+        self._sessions.append(session)
+        if self._closed:
+            self._close_sessions()
+        return result
+
+    def _close_sessions(self) -> None:
+        while self._sessions:
+            with suppress(IndexError):  # another thread was quicker
+                _close(self._sessions.pop())
 
     @staticmethod
     async def _once_async(engine: AsyncEngine, work: Callable[[Session], T]) -> T:
@@ -154,6 +182,12 @@ class Control:
     async def _close_async(self, engine: AsyncEngine) -> None:
         await self._drop_kept_async()
         await engine.dispose()
+
+
+def _close(session: Session) -> None:
+    connection = session.get_bind()
+    session.close()
+    cast(Connection, connection).close()
 
 
 def direct(engine: Engine | AsyncEngine, url: str | URL | None) -> Engine | AsyncEngine:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import event, text, update
 from sqlalchemy.orm import Session
@@ -64,7 +65,9 @@ LOOKS = [
 
 @pytest.mark.parametrize("analysed", [True, False])
 @pytest.mark.parametrize("look", LOOKS)
-def test_a_claim_goes_through_its_index(database: Database, look: Any, analysed: bool) -> None:
+def test_a_claim_goes_through_its_index(
+    database: Database, look: Any, analysed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent: list[tuple[str, Any]] = []
     with Session(database.engine()) as session:
         _fill(session)
@@ -78,6 +81,14 @@ def test_a_claim_goes_through_its_index(database: Database, look: Any, analysed:
             "before_cursor_execute",
             lambda _, cursor, sql, values, context, many: sent.append((sql, values)),
         )
+        if database.name == "postgresql":  # a claim is executed by psycopg itself
+            execute = psycopg.Cursor.execute
+
+            def seen(cursor: Any, sql: Any, values: Any = None, **options: Any) -> Any:
+                sent.append((sql, values))
+                return execute(cursor, sql, values, **options)
+
+            monkeypatch.setattr(psycopg.Cursor, "execute", seen)
         look(session, Wanted(worker, ["note"], lanes, {"default": 10}, 10))
         *_, last = (each for each in sent if "run_at" in each[0])  # of the last lane
         explain = "EXPLAIN QUERY PLAN" if database.name == "sqlite" else "EXPLAIN"
