@@ -123,6 +123,7 @@ class Claimer:
             return early
         self._reconciling.reconcile(worker_id)
         self._give_back_what_waits()
+        self._claim_beside_waiting(worker_id)
         step = self._begin(worker_id)
         if step is None:
             return self._wait_for_slots()
@@ -148,6 +149,29 @@ class Claimer:
         if self._slots.waiting and self._controls.believed_for <= 0:
             self._control.statements(self._heed)
             self._start()  # what has waited for this
+
+    def _claim_beside_waiting(self, worker_id: uuid.UUID) -> None:
+        """Claim what counts against limits for slots that those would get who were claimed ahead.
+
+        A key that becomes free is not to wait until these have begun: they get half of the slots meanwhile. But not where a
+        queue is strictly better than another: what waits may be better.
+        """
+        half = (self._slots.total + 1) // 2
+        wanted = min(self._limiting.wanted_slots, half)
+        if not self._slots.waiting or self._pools.has_levels:
+            wanted = 0
+        if wanted:
+            self._slots.wake_at = math.inf
+            self._slots.kept = wanted
+            if self._slots.room(beside_waiting=True)[0] <= 0:
+                return  # until a run has ended
+        if self._slots.kept:
+            try:
+                if wanted:
+                    self._claim_limited(worker_id, half, beside_waiting=True)
+            finally:
+                self._slots.kept = 0
+                self._start()
 
     def _begin(self, worker_id: uuid.UUID) -> Step | None:
         """Return what there is room for; None: not enough for a claim."""
@@ -323,7 +347,9 @@ class Claimer:
     def _claim_more(self, wanted: Wanted) -> list[Claim]:
         return self._reconciling.claim(partial(transitions.claim, wanted=wanted))
 
-    def _claim_limited(self, worker_id: uuid.UUID, most: int) -> list[Claim]:
+    def _claim_limited(
+        self, worker_id: uuid.UUID, most: int, *, beside_waiting: bool = False
+    ) -> list[Claim]:
         """Claim and start jobs that count against limits: for free slots only, and none while a suspect is waited for."""
         if most == 0 or self._clearing.is_on:
             return []
@@ -334,7 +360,9 @@ class Claimer:
             return []
         if self._must_heed:
             self._control.statements(self._heed)
-        claims = self._started(self._limiting.claim(self._wanted(worker_id, most)))
+        wanted = self._wanted(worker_id, most)
+        claims = self._limiting.claim(wanted, beside_waiting=beside_waiting)
+        self._started(claims, first=beside_waiting)
         queues = self._controls.limited_queues
         for queue in random.sample(queues, len(queues)):
             if (left := most - len(claims)) > 0:
@@ -356,9 +384,10 @@ class Claimer:
                 claims = self._limiting.claim_queue(replace(wanted, lanes=lanes), queue)
         return self._started(claims)
 
-    def _started(self, claims: list[Claim]) -> list[Claim]:
+    def _started(self, claims: list[Claim], *, first: bool = False) -> list[Claim]:
         if claims:
-            self._slots.take([Run(claim) for claim in claims])
+            self._slots.take([Run(claim) for claim in claims], first=first)
+            self._slots.kept = 0
             self._start()
         return claims
 

@@ -97,9 +97,11 @@ class Limiting:
 
     # --- for the claimer ----------------------------------------------------------------------------
 
-    def claim(self, wanted: Wanted) -> list[Claim]:
-        """Claim jobs for slots that are free now."""
-        return self._claim(wanted, self._open) if self._open else []
+    def claim(self, wanted: Wanted, *, beside_waiting: bool = False) -> list[Claim]:
+        """Claim jobs for slots that are free now, perhaps though others wait for them."""
+        if not self._open:
+            return []
+        return self._claim(wanted, self._open, *self._slots.room(beside_waiting=beside_waiting))
 
     def look(self, *, is_busy: bool) -> None:
         """Look which keys may have jobs to claim, if it is time to: a busy worker does so now and then only."""
@@ -152,12 +154,18 @@ class Limiting:
         plain = [each for each in self._suspects.values() if self._controls.is_plain(each.queue)]
         for each in plain:
             del self._suspects[each.key]
-        return self._claim(wanted, {(each.key, each.queue): each for each in plain})
+        keys = {(each.key, each.queue): each for each in plain}
+        return self._claim(wanted, keys, *self._slots.room())
 
     @property
     def suspects(self) -> list[Lane]:
         """The lanes of jobs that must run alone."""
         return [(each.queue, each.priorities[0]) for each in self._suspects.values()]
+
+    @property
+    def wanted_slots(self) -> int:
+        """For how many jobs there is something to claim, at least."""
+        return math.ceil(sum(map(self._expected, self._open.values()))) + len(self._freed)
 
     @property
     def wants_slots(self) -> bool:
@@ -182,6 +190,11 @@ class Limiting:
         self._freed.extend(keys)
         if any(key in self._blocked or key.startswith(key_of_queue("")) for key in keys):
             self._wake()
+
+    def is_awaited(self, run: Run) -> bool:
+        """Tell whether others wait for the end of a run, since no more may run at once."""
+        key = self._ours.get(run.job_id)
+        return key is not None and (key in self._blocked or key in self._rest_until)
 
     def forget(self) -> None:
         """Look again: what holds for queues and kinds has changed."""
@@ -283,9 +296,14 @@ class Limiting:
 
     # --- claiming -----------------------------------------------------------------------------------
 
-    def _claim(self, wanted: Wanted, keys: dict[tuple[str, str], LimitedKey]) -> list[Claim]:
+    def _claim(
+        self,
+        wanted: Wanted,
+        keys: dict[tuple[str, str], LimitedKey],
+        free: int,
+        rooms: Mapping[str, int],
+    ) -> list[Claim]:
         """Claim jobs of the first of these keys, about as many of each; take the keys out, and keep what may have more."""
-        free, rooms = self._slots.room()
         queues = {queue for _, queue in keys if self._controls.is_plain(queue)}
         pools = self._pools.in_turn(queues, rooms)
         total = min(wanted.total, free)

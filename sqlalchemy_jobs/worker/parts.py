@@ -91,7 +91,10 @@ class Parts:
             lambda: self._claiming.wake(),
         )
         self._settler = Settler(
-            self._control, self._disown, lambda: self.slots.waiting > self._total
+            self._control,
+            self._disown,
+            lambda: self.slots.waiting > self._total,
+            self._limiting.is_awaited,
         )
         self._timeouts = Timeouts(lambda: self._timing.wake(), self._on_hung)
         supervisor = Supervisor(app, self._control, self._timeouts, self._on_end, self._end_apart)

@@ -24,6 +24,8 @@ from sqlalchemy_jobs.worker.execution import Transition
 log = logging.getLogger("sqlalchemy_jobs")
 
 LARGEST_BATCH = 500
+BESIDE_AWAITED = 100
+"""How many others go along with those whose end is awaited: the batch is to be small, and the others are to go on too."""
 GATHER = 0.02
 """Seconds for which ends are gathered while quick jobs wait for a slot: a batch costs as much as dozens of jobs."""
 PATIENT_TRIES = 3
@@ -59,22 +61,29 @@ class Settler:
         control: Control,
         settled: Callable[[Sequence[Run]], None],
         expects_more: Callable[[], bool] = lambda: False,
+        is_awaited: Callable[[Run], bool] = lambda run: False,
     ) -> None:
         self._control = control
         self._expects_more = expects_more
         self._settled = settled
+        self._is_awaited = is_awaited
+        self._awaited: queue.SimpleQueue[tuple[Run, Transition]] = queue.SimpleQueue()
+        """Those for whose end other jobs wait: they do not wait for others."""
         self._incoming: queue.SimpleQueue[tuple[Run, Transition]] = queue.SimpleQueue()
         self._open: list[tuple[Run, Transition]] = []
         self._troubles: dict[Run, tuple[float, int]] = {}
 
     def put(self, run: Run, transition: Transition) -> None:
-        self._incoming.put((run, transition))
+        (self._awaited if self._is_awaited(run) else self._incoming).put((run, transition))
 
     def step(self) -> float | None:
-        if self._expects_more():
+        most = LARGEST_BATCH
+        if not self._awaited.empty():
+            self._take_in(self._awaited, LARGEST_BATCH)
+            most = len(self._open) + BESIDE_AWAITED
+        elif self._expects_more():
             time.sleep(GATHER)
-        while len(self._open) < LARGEST_BATCH and not self._incoming.empty():
-            self._open.append(self._incoming.get())
+        self._take_in(self._incoming, most)
         statements, transaction = self._control.statements, self._control.transaction
         self._make_together(transitions.complete, transitions.complete_many, statements)
         self._make_together(transitions.discard, transitions.discard_many, transaction)
@@ -91,7 +100,11 @@ class Settler:
             raise trouble
         if self._open:
             return LOCKED_PAUSE
-        return None if self._incoming.empty() else 0.0
+        return None if self._incoming.empty() and self._awaited.empty() else 0.0
+
+    def _take_in(self, ended: queue.SimpleQueue[tuple[Run, Transition]], most: int) -> None:
+        while len(self._open) < most and not ended.empty():
+            self._open.append(ended.get())
 
     def _make_together(
         self,

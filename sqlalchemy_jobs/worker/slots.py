@@ -63,6 +63,8 @@ class Slots:
         self.wake_at: float = math.inf
         self.begin_until: float = math.inf
         """Until when, by the monotonic clock, what waits may begin: then what holds for its queue must be read again."""
+        self.kept = 0
+        """How many slots are kept for what does not wait."""
         self._lock = threading.Lock()
         self._owned: dict[RunKey, Run] = {}
         self._running: dict[Run, str] = {}
@@ -77,18 +79,22 @@ class Slots:
 
     # --- the life of a run --------------------------------------------------------------------------
 
-    def take(self, runs: Iterable[Run]) -> None:
-        """Own claimed runs, and have them wait; but not one that is owned already.
+    def take(self, runs: Iterable[Run], *, first: bool = False) -> None:
+        """Own claimed runs, and have them wait, perhaps before all others; but not one that is owned already.
 
         Its claim was lost in a crash of the server and made again: it must not start a second time.
         """
         now = time.monotonic()
         with self._lock:
+            if first:
+                oldest = min((each[0][0] for each in self._waiting.values()), default=now)
+                now = math.nextafter(oldest, 0)
             for run in runs:
                 key = key_of(run)
                 if key not in self._owned:
                     self._owned[key] = run
-                    self._waiting.setdefault(run.queue, deque()).append((now, run))
+                    waiting = self._waiting.setdefault(run.queue, deque())
+                    (waiting.appendleft if first else waiting.append)((now, run))
                     self._waiting_count += 1
 
     def next(self) -> Run | None:
@@ -96,7 +102,7 @@ class Slots:
         if not self._waiting_count:
             return None
         with self._lock:
-            if len(self._running) + self.lost >= self.total:
+            if len(self._running) + self.lost + self.kept >= self.total:
                 return None
             if time.monotonic() > self.begin_until:
                 return None
@@ -252,19 +258,25 @@ class Slots:
         with self._lock:
             return dict(self._ended)
 
-    def room(self, ahead: Mapping[str, int] = NONE) -> tuple[int, dict[str, int]]:
-        """Return the room in all, and that of each pool that has any: ``ahead`` says how many may wait."""
+    def room(
+        self, ahead: Mapping[str, int] = NONE, *, beside_waiting: bool = False
+    ) -> tuple[int, dict[str, int]]:
+        """Return the room in all, and that of each pool that has any: ``ahead`` says how many may wait.
+
+        ``beside_waiting``: the slots that are free now, though others wait for them.
+        """
         with self._lock:
             if any(run.claim.crashes >= ALONE_FROM for run in self._running):
                 return 0, {}
             if len(self._owned) > self._most_owned:
                 return 0, {}
-            free = self.total - self.lost - len(self._running) - self._waiting_count
-            free += sum(ahead.values())
+            free = self.total - self.lost - len(self._running)
             rooms = {}
             taken = self._by_pool.copy()
-            for queue, waiting in self._waiting.items():
-                taken[self._place(queue).pool] += len(waiting)
+            if not beside_waiting:
+                free += sum(ahead.values()) - self._waiting_count
+                for queue, waiting in self._waiting.items():
+                    taken[self._place(queue).pool] += len(waiting)
             for pool, most in self._pools.concurrency.items():
                 room = free
                 if most is not None:

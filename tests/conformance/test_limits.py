@@ -557,6 +557,19 @@ def test_neither_jobs_with_a_limit_nor_those_without_starve_in_a_single_slot(
         assert ran[:40].count(cls) > 5
 
 
+def test_a_key_that_becomes_free_does_not_wait_behind_what_was_claimed_ahead(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time it would wait for as long as a job may wait in a worker, a second, and so for longer than all the others."""
+    monkeypatch.setattr(speed, "AHEAD", 5.0)
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    plain, charge = Counting(app, Plain), Counting(app, Charge)
+    add(database, *(Charge(1, n) for n in range(12)), *(Plain(n) for n in range(3000)))
+    with app.worker(concurrency=2):
+        until(lambda: len(charge.ran) == 12, 40)
+        assert len(plain.ran) < 3000
+
+
 def test_each_of_many_keys_has_its_turn(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

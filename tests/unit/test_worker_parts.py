@@ -163,6 +163,24 @@ def test_no_room_while_too_many_ends_are_not_written_down(monkeypatch: pytest.Mo
     assert held.room() == (1, {"*": 1})
 
 
+def test_slots_are_kept_for_what_goes_before_those_that_wait() -> None:
+    held = Slots(2, Pools({"a": 1, "b": None}), lambda: None)
+    waiting = [a_run("b") for _ in range(4)]
+    held.take(waiting)
+    held.kept = 1
+    assert held.next() is waiting[0]
+    assert held.next() is None
+    assert held.room() == (-2, {})
+    assert held.room(beside_waiting=True) == (1, {"a": 1, "b": 1})
+    for queue in ("a", "b"):
+        run = a_run(queue)
+        held.take([run], first=True)
+        held.kept = 0
+        assert held.next() is run
+        held.ended(run)
+    assert [held.next(), held.next()] == [waiting[1], None]
+
+
 def test_slots_are_counted_right_by_many_threads() -> None:
     held = Slots(100, Pools({"a": 50, "b": 50}), lambda: None)
 
