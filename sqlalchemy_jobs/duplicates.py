@@ -7,7 +7,7 @@ duplicate out (``inserts.py``), and after it a SELECT tells whose row has the sl
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 from sqlalchemy import Connection, CursorResult, bindparam, event, select, update
@@ -57,7 +57,7 @@ def stand_ins(session: Session, sent: Sequence[Sent]) -> dict[uuid.UUID, uuid.UU
     found: dict[uuid.UUID, uuid.UUID] = {}
     sent = sorted(sent, key=lambda each: each[1] != "raise")  # before anything is replaced
     for _ in range(TRIES):
-        holders = list(_holders(session, {row["unique_slot"] for row, _ in sent}))
+        holders = list(_holders(session, [row for row, _ in sent]))
         ours = {row["id"] for row, _ in sent} & {holder.id for holder in holders}
         # An old snapshot may show a former holder beside a row of ours: then ours counts.
         by_slot = {
@@ -107,13 +107,20 @@ def _duplicate(row: Mapping[str, Any], other: uuid.UUID) -> DuplicateJob:
     )
 
 
-def _holders(session: Session, slots: Collection[str]) -> Iterator[Any]:
-    every = list(slots)
-    statement = _HOLDERS_NOW if dialects.of(session).stale_reads else _HOLDERS
+def _holders(session: Session, rows: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    ids = {row["id"] for row in rows}
+    every = list({row["unique_slot"] for row in rows})
     for start in range(0, len(every), _MOST):
-        yield from session.execute(
-            statement, {"slots": every[start : start + _MOST]}, bind_arguments=TO_JOB
-        )
+        some = every[start : start + _MOST]
+        found = session.execute(_HOLDERS, {"slots": some}, bind_arguments=TO_JOB).all()
+        if dialects.of(session).stale_reads:
+            # Ours are seen by any read. One that locks them locks the gap before them too, and there jobs without
+            # a slot are inserted: all of them would wait for this transaction.
+            found = [each for each in found if each.id in ids]
+            if others := {*some} - {each.unique_slot for each in found}:
+                slots = {"slots": list(others)}
+                yield from session.execute(_HOLDERS_NOW, slots, bind_arguments=TO_JOB)
+        yield from found
 
 
 def _insert(session: Session, row: Mapping[str, Any]) -> None:

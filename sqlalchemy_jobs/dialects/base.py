@@ -6,7 +6,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
@@ -388,6 +388,10 @@ class Dialect(ABC):
         self, connection: Connection, tables: Sequence[TableClause]
     ) -> AbstractContextManager[object]:
         """Keep everyone else out of the tables, at least until the context ends."""
+
+    def bounded_waits(self, session: Session, seconds: int) -> AbstractContextManager[object]:
+        """Have what waits for a row of others for so long fail as a conflict, at least until the context ends."""
+        return nullcontext()
 
     # --- errors and versions ----------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -148,6 +149,21 @@ class MySQL(Dialect):
         finally:
             if not connection.invalidated:
                 connection.exec_driver_sql("UNLOCK TABLES")
+
+    @contextmanager
+    def bounded_waits(self, session: Session, seconds: int) -> Iterator[None]:
+        # On the driver's connection: SQLAlchemy's takes no more statements after an error.
+        cursor = session.connection(bind_arguments=TO_JOB).connection.cursor()
+        cursor.execute(
+            "SET @sajobs_wait = @@innodb_lock_wait_timeout, "
+            f"SESSION innodb_lock_wait_timeout = {seconds:d}"
+        )
+        try:
+            yield
+        finally:
+            with suppress(Exception):  # it is broken
+                cursor.execute("SET SESSION innodb_lock_wait_timeout = @sajobs_wait")
+                cursor.close()
 
     def cancellable(self, connection: Connection) -> dict[str, Any]:
         """Return the number of the session, and the server that counts it; asked once in a connection's life."""

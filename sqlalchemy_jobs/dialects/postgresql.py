@@ -296,6 +296,11 @@ class PostgreSQL(Dialect):
         )
         return nullcontext()
 
+    def bounded_waits(self, session: Session, seconds: int) -> AbstractContextManager[object]:
+        of_transaction = select(func.set_config("lock_timeout", f"{seconds}s", True))
+        session.execute(of_transaction, bind_arguments=TO_JOB)
+        return nullcontext()
+
     def cancel_statement(self, cancellable: Any, transaction: Transaction) -> None:
         if hasattr(cancellable, "cancel_safe"):  # psycopg
             cancellable.cancel_safe(timeout=CANCEL_TIMEOUT)

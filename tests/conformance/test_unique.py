@@ -36,7 +36,7 @@ from sqlalchemy_jobs.transitions import Failure
 from sqlalchemy_jobs.worker import leases
 from tests.databases import Database
 from tests.domain import Effect, Order
-from tests.locks import until_somebody_waits
+from tests.locks import until_somebody_waits, without_old_rows
 
 WAIT = 20
 
@@ -454,6 +454,24 @@ def test_a_second_transaction_waits_for_the_first_to_end(
     assert stands == row.id
     assert (row.id == first.id) == (end == "commit")
     assert bench.do(lambda session: session.scalar(select(func.count()).select_from(Order))) == 1
+
+
+@pytest.mark.parametrize("way", [by_add, by_enqueue_many])
+def test_a_job_without_a_key_waits_for_nobody_who_has_added_one_with(
+    row_locks: Database, way: Any
+) -> None:
+    """Whose key is the smallest: at REPEATABLE READ its gap is where jobs without a key are inserted."""
+    without_old_rows(row_locks)
+    bench = Bench(row_locks)
+    with bench.sessions() as session:
+        way(session, Ship(1))
+
+        def other(session: Session) -> uuid.UUID:
+            with dialects.of(session).bounded_waits(session, 1):
+                found: uuid.UUID = way(session, Plain())
+                return found
+
+        assert bench.do(other)
 
 
 @pytest.mark.parametrize("payload", [Ship(1), Index("/")])
