@@ -65,6 +65,11 @@ class Known:
         mine = self.declared.get(row.name)
         return mine is not None and not _differs(row, mine)
 
+    def makes_unique(self, row: Any) -> bool:
+        """Tell whether the jobs of a row have unique keys, which others may hold in open transactions."""
+        options = row.options if isinstance(row.options, Mapping) else {}
+        return "unique_key" in options or self.kinds[row.kind][1].unique is not None
+
 
 @dataclass(frozen=True)
 class Firing:

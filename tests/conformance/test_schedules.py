@@ -41,7 +41,7 @@ from sqlalchemy_jobs.payloads import declaration_of
 from sqlalchemy_jobs.schedules import ticks
 from sqlalchemy_jobs.schedules.cron import rule
 from sqlalchemy_jobs.schedules.ticks import BATCH, Known, schedules
-from sqlalchemy_jobs.worker import leases
+from sqlalchemy_jobs.worker import leases, scheduling
 from sqlalchemy_jobs.worker.availability import Availability
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.scheduling import Scheduler
@@ -49,6 +49,7 @@ from sqlalchemy_jobs.worker.wakeup import Wakeup
 from tests.apps.ticking import KNOWN, Note, fire_due
 from tests.apps.transition import engine_for
 from tests.databases import Database
+from tests.locks import without_old_rows
 from tests.processes import ROOT
 from tests.proxy import Proxy, When
 
@@ -503,6 +504,45 @@ def test_a_unique_job_that_is_still_there_stands_for_that_of_the_next_tick(scene
         assert scene.fire(known) == 1
     assert len(scene.jobs()) == 1
     assert not scene.row("only").paused
+
+
+def test_a_unique_key_that_an_open_transaction_holds_stops_no_other_schedule(
+    row_locks: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does the waiting change the connection that other transactions of the worker are on."""
+    monkeypatch.setattr(scheduling, "KEY_REST", 0.1)
+    without_old_rows(row_locks)
+    scene = Scene(row_locks)
+    names = ("held 1", "other", "held 2")
+    scene.add(*(Schedule(name, "@hourly", Note(name), unique_key=name) for name in names[::2]))
+    scene.add(Schedule("other", "@hourly", Note("other")))
+    app = app_of(scene)
+    lease = start(scene, app)
+    patience = {"postgresql": "SHOW lock_timeout", "mysql": "SELECT @@innodb_lock_wait_timeout"}
+
+    def made() -> list[str]:
+        return sorted(each.payload["text"] for each in scene.jobs())
+
+    with scheduler(scene, app, lease) as each, scene.sessions() as theirs:
+        theirs.add_all([enqueue(Note("theirs"), unique_key=name) for name in names[::2]])
+        theirs.flush()
+        before = theirs.scalar(text(patience[row_locks.name]))
+        for name in names:
+            scene.make_due(name)
+        for _ in range(3):
+            each.step()
+        assert made() == ["other"]
+        assert not each.is_idle
+        scene.make_due("other")
+        each.step()
+        assert made() == ["other", "other"]
+        assert each._control.transaction(
+            lambda session: session.scalar(text(patience[row_locks.name])) == before
+        )
+        theirs.rollback()
+        wait_for(lambda: each.step() >= 0.0 and len(made()) == 4)
+    assert made() == ["held 1", "held 2", "other", "other"]
+    assert sum("waits for an open transaction" in line.message for line in caplog.records) == 2
 
 
 # --- the schedules of the code ------------------------------------------------------------------------
