@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy_jobs import migrations, sqlite
 from sqlalchemy_jobs.cli.config import Refused
 from sqlalchemy_jobs.cli.loading import load_app
-from sqlalchemy_jobs.errors import ConfigurationError, ControlError
+from sqlalchemy_jobs.errors import ConfigurationError, JobsError
 from sqlalchemy_jobs.worker import preflight
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def in_session(url: str | None, app_name: str | None, work: Callable[[Session], 
         return run(engine, lambda connection: _in_session(connection, work))
     except ConfigurationError as error:
         raise Refused(error) from error
-    except ControlError as error:
+    except JobsError as error:
         raise click.ClickException(str(error)) from error
     except Exception as error:
         if is_of_database(error, engine):

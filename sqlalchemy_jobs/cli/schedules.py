@@ -7,6 +7,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
+from uuid import UUID
 
 import click
 from sqlalchemy import select
@@ -17,7 +18,7 @@ from sqlalchemy_jobs.cli.databases import in_session, of_database
 from sqlalchemy_jobs.cli.listing import laid_out
 from sqlalchemy_jobs.cli.loading import importing, load_app
 from sqlalchemy_jobs.columns import server_now
-from sqlalchemy_jobs.errors import ConfigurationError, ScheduleError
+from sqlalchemy_jobs.errors import ConfigurationError
 from sqlalchemy_jobs.schedules import cron as crons
 from sqlalchemy_jobs.schedules import manage
 from sqlalchemy_jobs.schedules.rows import Schedule
@@ -81,9 +82,18 @@ def run(name: str, modules: tuple[str, ...], url: str | None, app_name: str | No
         app = load_app(app_name, modules)
     except ConfigurationError as error:
         raise Refused(error) from error
+
+    def work(session: Session) -> tuple[UUID, UUID | None]:
+        made = app.run_schedule(session, name)
+        session.flush()
+        return made.id, made.duplicate_of
+
     with app.context():
-        job_id = in_session(url, app_name, lambda session: app.run_schedule(session, name).id)
-    click.echo(f"{name}: added job {job_id}")
+        job_id, other = in_session(url, app_name, work)
+    if other is None:
+        click.echo(f"{name}: added job {job_id}")
+    else:
+        click.echo(f"{name}: job {other} has its unique key, so none was added")
 
 
 def _list(session: Session, ticks: int | None) -> tuple[str, list[str]]:
@@ -127,16 +137,21 @@ def _line(row: Schedule, now: datetime, served: Collection[str]) -> list[object]
 
 def _next(row: Schedule, now: datetime, count: int) -> list[str]:
     """Return the ticks to come; none while it is paused."""
-    try:
+    shown: list[str] = []
+    with suppress(*_NONSENSE):
         rule = crons.rule(row.cron, row.timezone)
-    except ScheduleError:  # a worker will say so
-        return []
-    first = max(row.next_tick or now, rule.after(now))
-    every = crons.ticks(rule, first, datetime.max.replace(tzinfo=UTC))
-    return [] if row.paused else [_shown(tick, row.timezone) for tick in islice(every, count)]
+        first = max(row.next_tick or now, rule.after(now))
+        every = crons.ticks(rule, first, datetime.max.replace(tzinfo=UTC))
+        for tick in islice(every, 0 if row.paused else count):
+            shown.append(_shown(tick, row.timezone))
+    return shown
 
 
 def _shown(tick: datetime, timezone: str) -> str:
-    with suppress(ScheduleError):
+    with suppress(*_NONSENSE):
         tick = tick.astimezone(crons.zone(timezone))
     return tick.isoformat(" ", "seconds")
+
+
+# Of a row that was edited by hand: a worker will say so.
+_NONSENSE = (ValueError, OverflowError)

@@ -313,8 +313,10 @@ def test_whatever_the_clock_does_a_tick_has_one_job_and_under_all_none_is_missin
         ("once", None, timedelta(minutes=5), [0]),
         ("once", None, 2.5 * HOUR, [2]),
         ("once", timedelta(minutes=20), 2.5 * HOUR, []),
+        ("once", timedelta(minutes=30), 2.5 * HOUR, [2]),
         ("all", None, 2.5 * HOUR, [0, 1, 2]),
         ("all", 2 * HOUR, 2.5 * HOUR, [1, 2]),
+        ("all", 2 * HOUR, 3 * HOUR, [1, 2, 3]),
         ("all", timedelta(minutes=20), 2.5 * HOUR, []),
         ("all", None, 26.5 * HOUR, list(range(3, 27))),
     ],
@@ -335,6 +337,8 @@ def test_ticks_that_follow_closely_are_not_missed_when_a_worker_stumbles() -> No
         now = first + timedelta(seconds=late)
         found, _ = ticks.owed(rule("* * * * * *"), first, now, "skip", DAY)
         assert len(found) == number
+    found, _ = ticks.owed(rule("* * * * *"), first, first + timedelta(minutes=3), "skip", DAY)
+    assert found == [first + timedelta(minutes=2), first + timedelta(minutes=3)]
 
 
 def test_a_long_row_of_missed_ticks_is_made_in_parts(scene: Scene) -> None:
@@ -349,6 +353,7 @@ def test_a_long_row_of_missed_ticks_is_made_in_parts(scene: Scene) -> None:
     made = scene.ticks()
     assert made[0] == first and len(made) in (BATCH + 20, BATCH + 21)
     assert made == sorted(set(made), key=str)
+    assert scene.row("report").last_tick == made[-1]
 
 
 def test_the_ticks_of_a_paused_schedule_pass_by_also_after_it_is_resumed(scene: Scene) -> None:
@@ -415,6 +420,14 @@ def test_a_tick_between_the_commit_and_the_first_look_is_not_missed(scene: Scene
     scene.fire()
     scene.fire()
     assert scene.ticks()[0] == rule("@every 1s").after(added)
+
+
+def test_a_row_from_the_future_ticks_from_now_on(scene: Scene) -> None:
+    """The clock was put back since it was added."""
+    scene.add(Schedule("report", "@hourly", Note()))
+    scene.set("report", updated_at=scene.now() + DAY)
+    scene.fire()
+    assert scene.row("report").next_tick == rule("@hourly").after(scene.now())
 
 
 # --- what is wrong with a row ------------------------------------------------------------------------
@@ -692,6 +705,51 @@ def test_the_first_worker_of_a_fleet_makes_the_start_tick_again(scene: Scene) ->
     assert len(scene.jobs()) == 3
 
 
+def test_of_two_that_start_together_the_second_sees_the_tick_of_the_first(scene: Scene) -> None:
+    """Although it is the older one, and was not to be seen yet when the other one looked."""
+    app = app_of(scene)
+    app.schedule("report", "@yearly", Note(), run_on_start=True)
+    start(scene, app)
+    assert len(scene.jobs()) == 1
+    older = Registered(scene, started_at=scene.now() - timedelta(minutes=1))
+    with scheduler(scene, app, older) as each:
+        each.step()
+    assert len(scene.jobs()) == 1
+
+
+def test_a_start_tick_takes_nothing_from_those_that_were_missed(scene: Scene) -> None:
+    app = app_of(scene)
+    scene.add(Schedule("report", "@hourly", Note(), run_on_start=True, catch_up="once"))
+    scene.fire()
+    tick = scene.make_due("report", ago=DAY / 2)
+    lease = Registered(scene)
+    with scheduler(scene, app, lease) as each:
+        while each.step() == 0.0:
+            pass
+    missed, at_start = scene.ticks()
+    assert missed is not None and at_start is not None
+    assert tick <= missed < at_start
+
+
+def test_a_row_that_is_locked_holds_up_no_other_and_has_its_start_tick_later(
+    row_locks: Database,
+) -> None:
+    scene = Scene(row_locks)
+    app = app_of(scene)
+    for name in ("locked", "free"):
+        scene.add(Schedule(name, "@yearly", Note(name), run_on_start=True))
+    with (
+        scheduler(scene, app, Registered(scene)) as each,
+        scene.sessions.begin() as session,
+        ThreadPoolExecutor() as pool,
+    ):
+        session.get(Schedule, "locked", with_for_update=True)
+        pool.submit(each.step).result(20)
+        assert [job.payload["text"] for job in scene.jobs()] == ["free"]
+        session.rollback()
+        wait_for(lambda: each.step() > 0.0 and len(scene.jobs()) == 2)
+
+
 # --- run now --------------------------------------------------------------------------------------
 
 
@@ -939,18 +997,18 @@ def test_who_only_enqueues_does_not_import_croniter() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
-def test_the_command_lists_pauses_resumes_and_runs(
+Command = Callable[..., tuple[Any, str, str]]
+
+
+@pytest.fixture
+def command(
     scene: Scene, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app = app_of(scene)
-    app.schedule("code", "0 4 * * *", lambda_of_tick, timezone="Asia/Kathmandu")
+) -> Command:
+    """`sajobs schedules`: its exit status, and what it wrote to stdout and stderr."""
     module = ModuleType("app_of_test_schedules")
-    vars(module)["jobs"] = app
+    vars(module)["jobs"] = app = app_of(scene)
+    app.schedule("code", "0 4 * * *", lambda_of_tick, timezone="Asia/Kathmandu")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    scene.add(Schedule("row", "@every 30d", Note()), Schedule("wrong", "@daily", Note()))
-    lease = start(scene, app)
-    scene.set("wrong", cron="nonsense", next_tick=None)
-    scene.fire()
 
     def command(
         *arguments: str, of: str = "--app=app_of_test_schedules:jobs"
@@ -959,6 +1017,37 @@ def test_the_command_lists_pauses_resumes_and_runs(
             main(["schedules", of, *arguments])
         return (ended.value.code, *capsys.readouterr())
 
+    return command
+
+
+def test_the_command_lists_what_was_broken_by_hand_and_says_why_it_cannot_be_run(
+    scene: Scene, command: Command
+) -> None:
+    names = ("late", "odd", "taken", "zone")
+    scene.add(*(Schedule(name, "@hourly", Note(name), unique_key=name) for name in names))
+    scene.set(
+        "late", next_tick=datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC), timezone="Asia/Tokyo"
+    )
+    scene.set("odd", payload={"text": 5})
+    scene.set("zone", timezone="Mars")
+    status, listed, _ = command("--next", "2")
+    assert status == 0
+    assert [line.split()[0] for line in listed.splitlines()[1:] if line[0] != " "] == [*names]
+    status, _, said = command("run", "odd")
+    assert status == 1
+    assert said.startswith("Error: invalid payload: Note.text")
+    first = command("run", "taken")[1].split()[-1]
+    _, second, _ = command("run", "taken")
+    assert second == f"taken: job {first} has its unique key, so none was added\n"
+
+
+def test_the_command_lists_pauses_resumes_and_runs(scene: Scene, command: Command) -> None:
+    from app_of_test_schedules import jobs as app  # type: ignore[import-not-found]
+
+    scene.add(Schedule("row", "@every 30d", Note()), Schedule("wrong", "@daily", Note()))
+    lease = start(scene, app)
+    scene.set("wrong", cron="nonsense", next_tick=None)
+    scene.fire()
     url = scene.database.url.render_as_string(hide_password=False)
     for of in ("--app=app_of_test_schedules:jobs", f"--database-url={url}"):
         status, listed, faults = command(of=of)
