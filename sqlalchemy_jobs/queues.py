@@ -84,6 +84,9 @@ def set_queue(
     Raises: ControlError for a value that cannot be.
     """
     check_queue(name, ControlError)
+    known = QueueOptions.__annotations__
+    if unknown := options.keys() - known.keys():
+        raise ControlError(f"{', '.join(sorted(unknown))}: not among {', '.join(known)}")
     values: dict[str, Any] = dict(options)
     if (most := options.get("concurrency")) is not None and not is_whole(
         most, range(1, MOST_AT_ONCE + 1)
@@ -96,6 +99,10 @@ def set_queue(
             raise ControlError(str(error)) from None
     if fault := fault_of_rate(options.get("rate")):
         raise ControlError(fault)
+    if options.get("strategy") == "fifo" and ageing is not None:
+        raise ControlError(
+            'ageing is for strategy="priority": by time alone nothing waits behind a better priority'
+        )
     if "strategy" in options and (fault := fault_of(options["strategy"], None)):
         raise ControlError(fault)
     session = _plain(session)

@@ -520,6 +520,11 @@ def test_a_row_that_was_broken_by_hand_is_told_of_once_and_goes_by_priority(
         ({"strategy": "lifo"}, "strategy='lifo': wanted priority or fifo"),
         ({"ageing": 60}, r"ageing=60 \(int\) is not a timedelta: say timedelta\(seconds=60\)"),
         ({"ageing": timedelta(seconds=-1)}, "is negative"),
+        ({"strategy": "fifo", "ageing": timedelta(seconds=1)}, 'ageing is for strategy="priority"'),
+        (
+            {"paused": True, "speed": 3},
+            "paused, speed: not among concurrency, rate, strategy, ageing",
+        ),
     ],
 )
 def test_what_makes_no_sense_for_a_queue_is_refused(
