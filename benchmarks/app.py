@@ -132,7 +132,8 @@ def called() -> None:
 
 def say(event: str, **more: float) -> None:
     said = {"event": event, "at": time.time(), "cpu": time.process_time()} | more
-    print(json.dumps(said), flush=True)
+    # One write: print() makes two, and threads mix.
+    print(f"{json.dumps(said)}\n", end="", flush=True)
 
 
 def engine_of(url: str) -> Any:
