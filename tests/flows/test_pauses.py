@@ -20,9 +20,9 @@ from sqlalchemy_jobs import (
     resume_kind,
     resume_queue,
 )
-from tests.conformance.test_poison import until
 from tests.databases import Database
 from tests.processes import WorkerProcess
+from tests.waiting import until
 
 IN_FORCE = 2.0
 """Seconds after the commit, by the promise."""
