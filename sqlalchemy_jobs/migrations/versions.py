@@ -43,14 +43,16 @@ class State:
 def names_in(connection: Connection, schema: str | None) -> frozenset[str]:
     """Return the names of the library's tables, of their indexes, and of their columns as ``table.column``."""
     inspector = inspect(connection)
-    names = set()
-    for table in inspector.get_table_names(schema):
-        if table.startswith(PREFIX):
-            names.add(table)
-            names |= {
-                f"{table}.{column['name']}" for column in inspector.get_columns(table, schema)
-            }
-            names |= {index["name"] or "" for index in inspector.get_indexes(table, schema)}
+    tables = [each for each in inspector.get_table_names(schema) if each.startswith(PREFIX)]
+    if not tables:
+        return frozenset()
+    names = set(tables)
+    # Of all tables at once, which on PostgreSQL is one statement: every worker asks at its start.
+    columns = inspector.get_multi_columns(schema, filter_names=tables)
+    for (_, table), found in columns.items():
+        names |= {f"{table}.{column['name']}" for column in found}
+    for indexes in inspector.get_multi_indexes(schema, filter_names=tables).values():
+        names |= {index["name"] or "" for index in indexes}
     return frozenset(name for name in names if name.startswith(PREFIX))
 
 
