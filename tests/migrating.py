@@ -1,6 +1,5 @@
 """Migrations in processes of their own: several at once, or one that is killed in the middle."""
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -15,10 +14,7 @@ from sqlalchemy import URL, Engine, event
 from sqlalchemy_jobs import migrations
 from sqlalchemy_jobs.cli import main
 from tests.environments import configure
-
-# Processes are forked from one that has everything imported and no connection.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload([__name__])
+from tests.processes import forking
 
 PATIENCE = 100
 """Seconds after which a process is taken to hang."""
@@ -61,15 +57,15 @@ Work = Callable[[URL, Path], str]
 
 def at_once(url: URL, folder: Path, *works: Work) -> list[str]:
     """Start a process for each, all at the same moment; return what they say."""
-    barrier = _processes.Barrier(len(works))
-    with _processes.Pool(len(works), _meet, [barrier]) as pool:
+    barrier = forking.Barrier(len(works))
+    with forking.Pool(len(works), _meet, [barrier]) as pool:
         started = [pool.apply_async(_together, (each, url, folder)) for each in works]
         return [each.get(PATIENCE) for each in started]
 
 
 def apart(work: Callable[..., None], *arguments: Any) -> None:
     """Run it in a process of its own, in which it may change what a process has once; raise what it raises."""
-    with _processes.Pool(1) as pool:
+    with forking.Pool(1) as pool:
         pool.apply_async(work, arguments).get(PATIENCE)
 
 
@@ -91,7 +87,7 @@ def killed_after_one_step(work: Work, url: URL, folder: Path) -> bool:
 
     Return whether it came to that; else the work was done.
     """
-    process = _processes.Process(target=_die, args=(work, url, folder))
+    process = forking.Process(target=_die, args=(work, url, folder))
     process.start()
     process.join(PATIENCE)
     assert process.exitcode in (0, -signal.SIGKILL)

@@ -21,9 +21,10 @@ from tests.domain import Effect
 _ASYNC = {"sqlite": "sqlite+aiosqlite", "mysql": "mysql+aiomysql"}
 
 url = make_url(os.environ["SAJOBS_TEST_URL"])
-engine = create_engine(url)
+# pool_pre_ping: a run does not fail for a connection that a server cut which is back already.
+engine = create_engine(url, pool_pre_ping=True)
 async_engine = create_async_engine(
-    url.set(drivername=_ASYNC.get(engine.dialect.name, url.drivername))
+    url.set(drivername=_ASYNC.get(engine.dialect.name, url.drivername)), pool_pre_ping=True
 )
 if engine.dialect.name == "sqlite":
     sqlite.configure(engine)

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import URL, create_engine, inspect
 
 from tests.databases import Database
+from tests.processes import ended
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 OK = (
@@ -71,14 +72,13 @@ class Kept:
         with closing(sqlite3.connect(self.folder / "shop.sqlite")) as connection, connection:
             assert connection.execute(sql).rowcount == 1
 
-    def audit(self) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "shop.audit", "orders.csv", str(self.folder / "mails")],
+    def audit(self) -> tuple[int, str]:
+        """Its exit status, and what it printed."""
+        url = f"sqlite:///{self.folder / 'shop.sqlite'}"
+        return ended(
+            *("-m", "shop.audit", "orders.csv", str(self.folder / "mails")),
             cwd=QUICKSTART,
-            env={**os.environ, "SHOP_DATABASE_URL": f"sqlite:///{self.folder / 'shop.sqlite'}"},
-            capture_output=True,
-            text=True,
-            timeout=90,
+            env={"SHOP_DATABASE_URL": url},
         )
 
 
@@ -112,8 +112,8 @@ def test_on_sqlite(original: Kept) -> None:
 
 
 def test_the_audit_passes_what_nobody_tampered_with(kept: Kept) -> None:
-    result = kept.audit()
-    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, OK)
+    status, printed = kept.audit()
+    assert (status, printed.splitlines()[-1]) == (0, OK)
 
 
 SOME = "(SELECT min(number) FROM shop_order)"
@@ -152,11 +152,11 @@ SOME = "(SELECT min(number) FROM shop_order)"
 def test_the_audit_fails_on_a_tampered_database(kept: Kept, sql: str, found: str) -> None:
     kept.execute(sql)
 
-    result = kept.audit()
+    status, printed = kept.audit()
 
-    assert result.returncode == 1
-    assert found in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("FAILED: ")
+    assert status == 1
+    assert found in printed
+    assert printed.splitlines()[-1].startswith("FAILED: ")
 
 
 def test_the_audit_fails_on_a_job_of_a_rolled_back_order(kept: Kept) -> None:
@@ -171,12 +171,11 @@ def test_the_audit_fails_on_a_job_of_a_rolled_back_order(kept: Kept) -> None:
         " WHERE json_extract(payload, '$.order') = 10001"
     )
 
-    result = kept.audit()
+    status, printed = kept.audit()
 
-    assert result.returncode == 1
+    assert status == 1
     assert (
-        f"order {number} of {email} was to be rolled back (not in stock), and has a job"
-        in result.stdout
+        f"order {number} of {email} was to be rolled back (not in stock), and has a job" in printed
     )
 
 
@@ -188,10 +187,10 @@ def test_the_audit_fails_on_a_lost_mail(kept: Kept) -> None:
         if id_ in mail.read_text():
             mail.unlink()
 
-    result = kept.audit()
+    status, printed = kept.audit()
 
-    assert result.returncode == 1
-    assert "no mail was received for job" in result.stdout
+    assert status == 1
+    assert "no mail was received for job" in printed
 
 
 # --- what must not happen -------------------------------------------------------------------------
