@@ -59,12 +59,12 @@ def always_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def states(database: Database) -> Counter[str]:
-    with database.sessions()() as session:
+    with database.session() as session:
         return Counter(session.scalars(select(Job.state)))
 
 
 def add(database: Database, *payloads: Any, **options: Any) -> None:
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         enqueue_many(session, payloads, **options)
 
 
@@ -78,7 +78,7 @@ def test_quick_jobs_are_claimed_ahead_and_each_runs_once(
     assert Worker(app, drain=True, concurrency=2).run()
     assert sorted(ran) == list(range(3000))
     assert max(len(got) for wanted, got in claims if wanted.ahead) > 10
-    with database.sessions()() as session:
+    with database.session() as session:
         rows = session.execute(select(Job.state, Job.attempt, Job.started_at <= Job.finished_at))
         assert set(rows.all()) == {("succeeded", 1, True)}
 
@@ -108,7 +108,7 @@ class AheadBench(Bench):
         self.do(lambda session: transitions.rescue_orphans(session, claim.worker_id))
 
     def one(self) -> Job:
-        with self.database.sessions()() as session:
+        with self.database.session() as session:
             return session.scalars(select(Job)).one()
 
 
@@ -127,7 +127,7 @@ def test_a_crash_counts_no_failure_of_a_job_that_may_not_have_begun(database: Da
     bench.die(claim)
     found = bench.one()
     assert (found.failures, found.crashes) == (1, 2)
-    with database.sessions()() as session:
+    with database.session() as session:
         outcomes = session.scalars(select(Attempt.outcome).order_by(Attempt.attempt)).all()
     assert outcomes == ["crashed", "crashed"]
     bench.control.close()
@@ -213,7 +213,7 @@ def test_what_waits_for_long_is_given_back_as_it_was(
     add(held.database, *(Quick(n) for n in range(20)), run_at=datetime(2025, 1, 1, tzinfo=UTC))
 
     def due() -> dict[Any, datetime]:
-        with held.database.sessions()() as session:
+        with held.database.session() as session:
             return {row.id: row.run_at for row in session.execute(select(Job.id, Job.run_at))}
 
     before = due()
@@ -222,7 +222,7 @@ def test_what_waits_for_long_is_given_back_as_it_was(
         until(lambda: any(wanted.ahead and len(got) == 19 for wanted, got in claims))
         until(lambda: states(held.database) == {"running": 1, "ready": 19})
         assert due() == before
-        with held.database.sessions()() as session:
+        with held.database.session() as session:
             assert session.scalar(select(func.max(Job.failures))) == 0
             assert session.scalar(select(func.count()).select_from(Attempt)) == 0
         held.go_on.set()
@@ -305,7 +305,7 @@ def test_a_payload_that_cannot_be_read_fails_its_own_job_only(postgresql: Databa
         pytest.skip("this Python reads JSON that is nested as deep")
     except RecursionError:
         pass
-    with postgresql.sessions().begin() as session:
+    with postgresql.session.begin() as session:
         of_1 = select(Job.id).where(Job.payload["n"].as_integer() == 1)
         job_id = session.scalars(of_1).one()
         session.execute(
@@ -314,7 +314,7 @@ def test_a_payload_that_cannot_be_read_fails_its_own_job_only(postgresql: Databa
         )
     assert Worker(app, drain=True, concurrency=3).run()
     assert sorted(ran) == [0, 2]
-    with postgresql.sessions()() as session:
+    with postgresql.session() as session:
         assert session.get_one(Job, job_id, options=[defer(Job.payload)]).state == JobState.FAILED
         assert "InvalidPayload" in str(session.scalars(select(Attempt.error_type)).one())
 

@@ -47,7 +47,7 @@ def write(session: Session, payload: Act) -> None:
 
 
 def found(database: Database) -> tuple[str, int, int]:
-    with database.sessions()() as session:
+    with database.session() as session:
         job = session.scalars(select(Job)).one()
         return job.state, job.failures, len(session.scalars(select(Effect)).all())
 
@@ -80,7 +80,7 @@ def test_a_commit_that_fails_before_it_is_sent_leaves_nothing_to_the_next_transa
 
     run(database, handler)
     assert refused and found(database) == ("succeeded", 1, 1)
-    with database.sessions()() as session:
+    with database.session() as session:
         assert [each.outcome for each in session.scalars(select(Job)).one().attempts] == ["failed"]
 
 
@@ -105,14 +105,14 @@ def test_a_constraint_that_is_checked_at_the_commit_fails_the_run(database: Data
     with database.engine().begin() as connection:
         connection.execute(text(unique))
     try:
-        with database.sessions().begin() as session:
+        with database.session.begin() as session:
             session.add(Effect(note="done"))
         run(database, write)
     finally:
         with database.engine().begin() as connection:
             connection.execute(text("ALTER TABLE effect DROP CONSTRAINT once"))
     assert found(database) == ("failed", 2, 1)
-    with database.sessions()() as session:
+    with database.session() as session:
         attempts = session.scalars(select(Job)).one().attempts
         assert all("IntegrityError" in (each.error_type or "") for each in attempts)
 
@@ -131,7 +131,7 @@ def test_a_run_whose_job_was_taken_commits_nothing(row_locks: Database, isolatio
         session.flush()
         if not taken:
             taken.append(True)
-            with row_locks.sessions().begin() as other:
+            with row_locks.session.begin() as other:
                 other.execute(
                     text(
                         "UPDATE sajobs_job SET state = 'ready', worker_id = NULL, attempt = attempt + 1"
@@ -141,7 +141,7 @@ def test_a_run_whose_job_was_taken_commits_nothing(row_locks: Database, isolatio
     with sessions.begin() as session:
         session.add(enqueue(Act(), delay=timedelta(0)))
     assert Worker(app, drain=True, concurrency=1).run()
-    with row_locks.sessions()() as session:
+    with row_locks.session() as session:
         job = session.scalars(select(Job)).one()
         assert (job.state, job.attempt, job.failures) == ("succeeded", 3, 0)
         assert len(session.scalars(select(Effect)).all()) == 1
@@ -164,7 +164,7 @@ def test_where_every_statement_is_prepared_this_one_is_not(
     else:
         app = JobApp(sessionmaker(postgresql.engine(**options)))
         app.handler(Act)(write)
-    with postgresql.sessions().begin() as session:
+    with postgresql.session.begin() as session:
         session.add(enqueue(Act(), max_attempts=1))
     assert Worker(app, drain=True, concurrency=1).run()
     assert found(postgresql) == ("succeeded", 0, 1)
@@ -184,10 +184,10 @@ def test_the_first_commits_of_many_threads_complete_their_runs(
             session.flush()
             meeting.wait(20)
 
-        with postgresql.sessions().begin() as session:
+        with postgresql.session.begin() as session:
             session.add_all(enqueue(Act(n)) for n in range(10))
         assert Worker(app, drain=True, concurrency=10).run()
-    with postgresql.sessions()() as session:
+    with postgresql.session() as session:
         ended = session.execute(select(Job.state, Job.attempt)).all()
         assert ended == [("succeeded", 1)] * 50
         assert len(session.scalars(select(Effect)).all()) == 50

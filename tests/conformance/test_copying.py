@@ -62,7 +62,7 @@ def rows(session: Session) -> list[dict[str, Any]]:
 
 
 def count(database: Database) -> int:
-    with database.sessions()() as session:
+    with database.session() as session:
         return session.scalar(select(func.count()).select_from(Job)) or 0
 
 
@@ -97,12 +97,12 @@ def test_the_rows_are_those_that_adding_one_by_one_writes(
 
         ids = asyncio.run(main())
     else:
-        with database.sessions().begin() as session:
+        with database.session.begin() as session:
             ids = enqueue_many(session, PAYLOADS, **options)
     assert copies == [database.name == "postgresql"]
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         session.add_all([enqueue(each, **options) for each in PAYLOADS])
-    with database.sessions()() as session:
+    with database.session() as session:
         found = rows(session)
     many, single = found[: len(PAYLOADS)], found[len(PAYLOADS) :]
     assert [each["id"] for each in many] == ids
@@ -115,7 +115,7 @@ def test_the_rows_are_those_that_adding_one_by_one_writes(
                 assert one[name] == other[name], name
     # What compares equal in Python may be written in two ways.
     if database.name == "postgresql":
-        with database.sessions()() as session:
+        with database.session() as session:
             written = session.scalars(
                 text("SELECT payload::text FROM sajobs_job ORDER BY id")
             ).all()
@@ -148,7 +148,7 @@ def test_the_isolation_is_that_of_the_session(
 ) -> None:
     with Session(postgresql.engine(isolation_level=level)) as session:
         assert session.scalar(select(func.count()).select_from(Job)) == 0
-        with postgresql.sessions().begin() as other:
+        with postgresql.session.begin() as other:
             enqueue_many(other, PAYLOADS)
         enqueue_many(session, PAYLOADS)
         assert session.scalar(text("SHOW transaction_isolation")) == level.lower()
@@ -216,7 +216,7 @@ def test_row_level_security_has_them_inserted(postgresql: Database, copies: list
 
 
 def test_few_and_unique_jobs_are_inserted(postgresql: Database, copies: list[bool]) -> None:
-    with postgresql.sessions().begin() as session:
+    with postgresql.session.begin() as session:
         enqueue_many(session, PAYLOADS[: FEWEST - 1])
         assert copies == [False]
         enqueue_many(session, PAYLOADS, unique_key="one of them")
@@ -231,7 +231,7 @@ def test_an_engine_with_its_own_json_has_it_written(
     with Session(engine) as session, session.begin():
         enqueue_many(session, PAYLOADS)
     assert copies == [False]
-    with postgresql.sessions()() as session:
+    with postgresql.session() as session:
         assert isinstance(rows(session)[0]["payload"], list)
 
 
@@ -240,7 +240,7 @@ def test_an_error_of_the_server_is_the_one_of_any_statement(
 ) -> None:
     same = uuid.uuid4()
     monkeypatch.setattr(ENQUEUE, "uuid7", lambda: same)
-    with postgresql.sessions()() as session:
+    with postgresql.session() as session:
         with pytest.raises(DBAPIError, match="sajobs_job_pkey") as raised:
             enqueue_many(session, PAYLOADS)
         assert raised.value.statement is not None and raised.value.statement.startswith("COPY ")
@@ -260,7 +260,7 @@ def test_a_connection_that_breaks_meanwhile_is_taken_out_of_the_pool(
         yield from chunks(given)
 
     monkeypatch.setattr(copying, "_chunks", break_then_send)
-    with postgresql.sessions()() as session:
+    with postgresql.session() as session:
         pid = session.scalar(text("SELECT pg_backend_pid()"))
         with pytest.raises(DBAPIError) as raised:
             enqueue_many(session, PAYLOADS)
@@ -274,11 +274,11 @@ def test_a_time_zone_and_a_date_style_of_the_session_change_nothing(
     postgresql: Database, copies: list[bool]
 ) -> None:
     at = datetime(2030, 3, 4, 5, 6, 7, 8, tzinfo=UTC)
-    with postgresql.sessions().begin() as session:
+    with postgresql.session.begin() as session:
         session.execute(text("SET LOCAL TimeZone = 'America/St_Johns'"))
         session.execute(text("SET LOCAL DateStyle = 'SQL, DMY'"))
         enqueue_many(session, PAYLOADS, run_at=at)
-    with postgresql.sessions()() as session:
+    with postgresql.session() as session:
         assert set(session.scalars(select(Job.run_at))) == {at}
     assert copies == [True]
 

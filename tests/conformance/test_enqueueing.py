@@ -182,7 +182,7 @@ def rows(database: Database) -> list[Job]:
 
 
 def orders(database: Database) -> int:
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         return session.scalar(select(func.count()).select_from(Order)) or 0
 
 
@@ -408,7 +408,7 @@ def test_many_are_one_statement(database: Database, monkeypatch: pytest.MonkeyPa
 
 def test_the_options_apply_to_all_of_many(database: Database) -> None:
     at = datetime(2030, 1, 1, tzinfo=UTC)
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         ids = enqueue_many(
             session,
             (payload for payload in mixed(4)),  # any iterable
@@ -427,7 +427,7 @@ def test_the_options_apply_to_all_of_many(database: Database) -> None:
 
 
 def test_nothing_of_many_is_inserted_when_one_is_refused(database: Database) -> None:
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         session.add(Order())
         with pytest.raises(PayloadError, match=r"SendReceipt\.order_id"):
             enqueue_many(session, [*mixed(10), SendReceipt("seven"), SendReceipt(1)])  # type: ignore[arg-type]
@@ -438,7 +438,7 @@ def test_nothing_of_many_is_inserted_when_one_is_refused(database: Database) -> 
 
 
 def test_none_of_many_is_nothing(database: Database) -> None:
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         assert enqueue_many(session, []) == []
     assert rows(database) == []
 
@@ -603,7 +603,7 @@ with_a_server = every_way([by_session, by_async_session], ["postgresql", "mysql"
 
 def until_due(database: Database) -> list[timedelta]:
     """How long each job has still to wait, by the server's clock."""
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         now = session.scalar(select(server_now()))
         assert now is not None
         return [found.run_at - now for found in session.scalars(select(Job).order_by(Job.id))]
@@ -662,7 +662,7 @@ def test_a_job_is_due_now_however_long_the_server_takes_to_tell_the_time(
 def test_a_job_is_due_as_soon_as_it_is_inserted(database: Database) -> None:
     """Also by SQLite's clock, which has milliseconds where ours has microseconds."""
     waiting = select(func.count()).select_from(Job).where(Job.run_at > server_now())
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         for number in range(100):
             enqueue_many(session, [SendReceipt(number)])
             assert session.scalar(waiting) == 0
@@ -791,7 +791,7 @@ def test_a_run_at_with_an_offset_is_stored_as_the_same_instant(
 
 def test_instants_are_comparable_in_queries_whatever_their_offset(database: Database) -> None:
     tick = timedelta(microseconds=1)
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         session.add(enqueue(SendReceipt(1), run_at=INSTANT))
         session.flush()
         for offset in OFFSETS:
@@ -813,16 +813,16 @@ def test_a_datetime_that_is_assigned_later_is_stored_as_the_same_instant(
     database: Database,
 ) -> None:
     there = INSTANT.astimezone(timezone(timedelta(hours=-9, minutes=-30)))
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         session.add(enqueue(SendReceipt(1)))
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         session.scalars(select(Job)).one().run_at = there
     assert [each.run_at for each in rows(database)] == [INSTANT]
 
 
 def test_a_naive_datetime_is_refused_in_assignments_and_queries(database: Database) -> None:
     naive = datetime(2030, 1, 1)  # noqa: DTZ001
-    with database.sessions()() as session:
+    with database.session() as session:
         made = enqueue(SendReceipt(1))
         made.run_at = naive
         session.add(made)

@@ -51,7 +51,7 @@ class Async:
 
 
 def add(database: Database, *payloads: Any) -> list[uuid.UUID]:
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         jobs = [enqueue(payload) for payload in payloads]
         session.add_all(jobs)
         return [each.id for each in jobs]
@@ -63,17 +63,17 @@ def drain(app: JobApp[Any, Any]) -> None:
 
 def states(database: Database) -> list[str]:
     """The states of all jobs, in the order in which they were enqueued."""
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         return list(session.scalars(select(Job.state).order_by(Job.id)))
 
 
 def notes(database: Database) -> list[str]:
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         return sorted(session.scalars(select(Effect.note)))
 
 
 def problems(database: Database) -> list[str | None]:
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         found = session.scalars(select(sqlalchemy_jobs.Attempt))
         return [f"{each.error_type}: {each.message}" for each in found]
 
@@ -289,7 +289,7 @@ def test_async_sessions_alone(database: Database, driver: str) -> None:
     drain(app)
     assert states(database) == [JobState.SUCCEEDED, JobState.FAILED, JobState.SUCCEEDED]
     assert notes(database) == ["first", "savepoint"]
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         results = list(session.scalars(select(Job.result).order_by(Job.id)))
     assert results[1] is None
     assert all(each["effects"] in (1, 2) for each in (results[0], results[2]))
@@ -552,7 +552,7 @@ def test_leaving_the_block_leaves_no_thread_and_no_row(database: Database) -> No
     for thread in left:
         thread.join(WAIT)
     assert [each for each in left if each.is_alive()] == []
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         assert session.scalar(select(func.count()).select_from(sqlalchemy_jobs.WorkerRow)) == 0
 
 

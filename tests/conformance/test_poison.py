@@ -44,7 +44,7 @@ class OnceOnly:
 def test_a_job_that_kills_every_worker_it_runs_in_ends_as_failed(
     database: Database, tmp_path: Path, effects_app: Any
 ) -> None:
-    look = Look(database.sessions())
+    look = Look(database.session)
     look.add(effects_app.Poison())
     with workers(database, tmp_path, "--lease", "1", count=3) as started:
         until(lambda: look.states() == {"failed": 1}, 60)

@@ -83,7 +83,7 @@ def look(request: pytest.FixtureRequest) -> Failures:
     """At whichever database the test uses; through sessions of its own."""
     (name,) = (name for name in ("database", "sqlite") if name in request.fixturenames)
     database: Database = request.getfixturevalue(name)
-    return Failures(database.sessions())
+    return Failures(database.session)
 
 
 # --- an error at the commit ---------------------------------------------------------------------------

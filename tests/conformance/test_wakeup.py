@@ -421,7 +421,7 @@ def test_each_way_to_add_rings_once_for_each_queue(postgresql: Database) -> None
 
 @pytest.mark.parametrize("driver", ["postgresql+psycopg", "postgresql+asyncpg"])
 def test_async_sessions_ring(postgresql: Database, driver: str) -> None:
-    with postgresql.sessions().begin() as session:
+    with postgresql.session.begin() as session:
         listen(session)
 
     async def enqueue_some() -> None:
@@ -464,7 +464,7 @@ def test_nothing_is_rung_for_nobody(postgresql: Database) -> None:
 
 
 def test_a_prepared_transaction_does_not_ring(postgresql: Database) -> None:
-    with postgresql.sessions().begin() as session:
+    with postgresql.session.begin() as session:
         listen(session)
         if session.scalar(text("SELECT current_setting('max_prepared_transactions')::int")) == 0:
             pytest.skip("max_prepared_transactions is 0")
@@ -484,7 +484,7 @@ def test_a_prepared_transaction_does_not_ring(postgresql: Database) -> None:
 
 def test_a_session_that_commits_in_two_phases_silences_the_bell(postgresql: Database) -> None:
     """Also where the server has no room for prepared transactions: up to the PREPARE."""
-    with postgresql.sessions().begin() as session:
+    with postgresql.session.begin() as session:
         listen(session)
     with heard(postgresql) as what, Session(postgresql.engine(), twophase=True) as session:
         session.add(enqueue(Woken()))

@@ -50,7 +50,7 @@ class Workers(Look):
 def test_the_jobs_of_a_killed_worker_run_again_long_before_its_lease_passes(
     row_locks: Database, tmp_path: Path, effects_app: Any
 ) -> None:
-    look = Workers(row_locks.sessions())
+    look = Workers(row_locks.session)
     look.add(effects_app.WriteAndHang())
     with workers(row_locks, tmp_path, "--lease", "600") as (victim,):
         victim.wait_for("SIGN flushed")
@@ -86,7 +86,7 @@ def test_live_workers_go_through_an_outage_of_the_network_without_a_rescue(
     row_locks: Database, tmp_path: Path, effects_app: Any
 ) -> None:
     """The server still knows when it was started, and has freed the locks of all."""
-    look = Workers(row_locks.sessions())
+    look = Workers(row_locks.session)
     for _ in range(2):
         look.add(effects_app.Wait())
     proxy = Proxy(row_locks.url)
@@ -126,7 +126,7 @@ def test_a_worker_that_slept_beyond_its_lease_changes_nothing_that_others_now_ow
 
     Its runs complete, snooze, fail, and are released at its shutdown: none of that is written.
     """
-    look = Workers(database.sessions())
+    look = Workers(database.session)
     endings = ["completes", "snoozes", "fails", "fails for good", "does not end"]
     count = len(endings)
     for how in endings:
@@ -175,6 +175,6 @@ def is_free(database: Database) -> bool:
         finally:
             connection.close()
         return True
-    with database.sessions()() as session:
+    with database.session() as session:
         query = select(WorkerRow.id).with_for_update(skip_locked=True)
         return session.execute(query).one_or_none() is not None

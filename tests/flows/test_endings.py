@@ -117,12 +117,12 @@ def test_waiting_for_ever_is_a_shutdown_timeout_like_any_other(sqlite: Database)
         began.set()
         assert go_on.wait(20)
 
-    with sqlite.sessions().begin() as session:
+    with sqlite.session.begin() as session:
         session.add(enqueue(Ending()))
     with app.worker(shutdown_timeout=timedelta.max, poll_interval=timedelta(days=200_000)):
         assert began.wait(20)
         threading.Timer(0.2, go_on.set).start()
-    with sqlite.sessions()() as session:
+    with sqlite.session() as session:
         assert session.scalars(select(Job.state)).one() == "succeeded"
 
 
@@ -140,7 +140,7 @@ def test_an_error_in_the_shutdown_leaves_no_worker_behind(
     with pytest.raises(KeyboardInterrupt), worker:
         until(lambda: bool(own_threads()))
     until(lambda: not {each for each in own_threads() if "handler" not in each})
-    with sqlite.sessions()() as session:
+    with sqlite.session() as session:
         assert session.scalars(select(WorkerRow)).all() == []
     assert not worker.is_running
 
@@ -187,14 +187,14 @@ def test_stop_does_not_shorten_the_end_of_an_embedded_worker(sqlite: Database) -
         began.set()
         assert go_on.wait(20)
 
-    with sqlite.sessions().begin() as session:
+    with sqlite.session.begin() as session:
         session.add(enqueue(Ending()))
     worker = app.worker(shutdown_timeout=timedelta(seconds=20))
     with worker:
         assert began.wait(20)
         worker.stop()
         threading.Timer(0.2, go_on.set).start()
-    with sqlite.sessions()() as session:
+    with sqlite.session() as session:
         assert session.scalars(select(Job.state)).one() == "succeeded"
 
 

@@ -62,7 +62,7 @@ def look(request: pytest.FixtureRequest) -> Workers:
     names = ("database", "row_locks", "sqlite", "postgresql")
     (name,) = (name for name in names if name in request.fixturenames)
     database: Database = request.getfixturevalue(name)
-    return Workers(database.sessions())
+    return Workers(database.session)
 
 
 # --- draining -------------------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def test_a_run_whose_end_cannot_be_written_down_does_not_hold_up_the_others(
 ) -> None:
     """MySQL cuts the connection at a statement beyond max_allowed_packet, each time that it is tried."""
     monkeypatch.setattr(settling, "PATIENCE", 3600.0)
-    look = Workers(mysql.sessions())
+    look = Workers(mysql.session)
     with look.sessions() as session:
         most = session.scalar(text("SELECT @@max_allowed_packet"))
     app: JobApp[Any, Any] = JobApp(mysql.sessions())

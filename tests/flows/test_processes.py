@@ -18,13 +18,13 @@ END = "(end of its log)"  # of all: the supervisor and its processes write to th
 
 
 def add(database: Database, *payloads: Any) -> None:
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         session.add_all([enqueue(each) for each in payloads])
 
 
 def outcome(database: Database) -> dict[str, int]:
     """How many jobs are in which state; no worker may have left its row, unless it was declared dead."""
-    with database.sessions()() as session:
+    with database.session() as session:
         assert session.scalars(select(WorkerRow.name).where(WorkerRow.state == "alive")).all() == []
         query = select(Job.state, func.count()).group_by(Job.state)
         return dict(session.execute(query).all())  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ def pids(supervisor: WorkerProcess, count: int) -> list[int]:
 def pid_of_run(line: str, database: Database) -> int:
     """Who runs the job that a sign names."""
     job_id = line.split()[-1].replace("-", "")
-    with database.sessions()() as session:
+    with database.session() as session:
         names = select(WorkerRow.name, Job.id).join(Job, Job.worker_id == WorkerRow.id)
         (name,) = (name for name, id_ in session.execute(names) if id_.hex == job_id)
     return int(name.rsplit(":", 1)[1])
@@ -64,7 +64,7 @@ def test_a_process_that_is_killed_is_replaced_and_its_job_runs_again(
         supervisor.signal(signal.SIGTERM)
         assert supervisor.wait() == 0
     assert outcome(row_locks) == {"succeeded": 1}
-    with row_locks.sessions()() as session:
+    with row_locks.session() as session:
         assert session.scalars(select(Effect.note)).all() == ["waited"]
 
 

@@ -49,7 +49,7 @@ def test_the_queues_are_listed_with_what_waits_and_who_serves_them(
 ) -> None:
     app: JobApp[Any, Any] = JobApp(database.sessions())
     app.handler(Letter)(lambda session, payload: None)
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         session.add(enqueue(Letter(), queue="bulk"))
         session.add(Queue(name="odd", strategy="foo", concurrency=3, rate="5/minute"))
         session.add(Queue(name="old", ageing=90.0, paused=True))
@@ -117,7 +117,7 @@ def test_a_queue_is_paused_resumed_and_set(database: Database, sajobs: Sajobs) -
     assert rows(said)["mail"] | {"AT ONCE": "5", "ORDER": "fifo"} == rows(said)["mail"]
     sajobs("queues", "set", "mail", "--ageing", "1.5", "--strategy", "priority")
     sajobs("queues", "set", "mail", "--concurrency", "none")
-    with database.sessions()() as session:
+    with database.session() as session:
         found = session.scalars(select(Queue).order_by(Queue.name)).all()
         assert [(each.name, each.paused, each.concurrency, each.strategy, each.ageing) for each in found] == [
             ("bulk", True, None, "priority", None),
@@ -151,7 +151,7 @@ def test_what_cannot_be_set_is_told_and_nothing_is_changed(
     said = CliRunner().invoke(main, ["queues", *given, "--database-url", str(sqlite.url)])
     assert said.exit_code in (1, 2)
     assert told in said.stderr
-    with sqlite.sessions()() as session:
+    with sqlite.session() as session:
         assert session.scalars(select(Queue)).all() == []
 
 

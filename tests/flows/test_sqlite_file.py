@@ -89,7 +89,7 @@ def test_three_workers_and_two_enqueuing_processes_share_one_file(
         for worker in three:
             assert not [line for line in worker.lines if " INFO " not in line][:-1], worker.log
             assert "locked" not in worker.log
-    with sqlite.sessions()() as session:
+    with sqlite.session() as session:
         assert session.scalar(select(func.count()).select_from(Order)) == committed
         notes = session.scalars(select(Effect.note)).all()
         assert len(notes) == len(set(notes)) == committed
@@ -101,7 +101,7 @@ def test_three_workers_and_two_enqueuing_processes_share_one_file(
 
 
 def states(database: Database) -> dict[str, int]:
-    with database.sessions()() as session:
+    with database.session() as session:
         query = select(Job.state, func.count()).group_by(Job.state)
         return dict(session.execute(query).all())  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from tests.domain import Effect
 
 @pytest.mark.parametrize("time", ["first", "second"])
 def test_every_test_starts_with_empty_tables(database: Database, time: str) -> None:
-    with database.sessions().begin() as session:
+    with database.session.begin() as session:
         assert session.scalar(select(func.count()).select_from(Effect)) == 0
         session.add(Effect(note=time))
 
