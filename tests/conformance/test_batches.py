@@ -493,7 +493,7 @@ def test_a_handler_that_changes_the_row_of_its_job_fails(app: App) -> None:
 def test_a_worker_that_dies_in_a_batch_leaves_nothing_and_each_job_runs_once(
     database: Database, tmp_path: Path, effects_app: Any
 ) -> None:
-    look = Look(database.sessions())
+    look = Look(database.session)
     with look.sessions.begin() as session:
         notes = ["kill" if n == 70 else str(n) for n in range(200)]
         enqueue_many(session, [effects_app.WriteMany(note) for note in notes])
@@ -505,10 +505,10 @@ def test_a_worker_that_dies_in_a_batch_leaves_nothing_and_each_job_runs_once(
 
 
 def test_false_deaths_double_nothing(database: Database, tmp_path: Path, effects_app: Any) -> None:
-    look = Look(database.sessions())
+    look = Look(database.session)
     control = Control(database.engine(), Availability())
     with look.sessions.begin() as session:
-        enqueue_many(session, [effects_app.WriteMany(str(n)) for n in range(3000)])
+        enqueue_many(session, [effects_app.WriteMany(str(n)) for n in range(2400)])
     rescued = 0
     with workers(database, tmp_path, "--lease", "1", "--concurrency", "2", count=2) as both:
         while look.states().keys() != {"succeeded"}:
@@ -516,7 +516,7 @@ def test_false_deaths_double_nothing(database: Database, tmp_path: Path, effects
         for each in both:
             each.wait_for("serves")
     control.close()
-    assert look.count_effects() == (3000, 3000)
+    assert look.count_effects() == (2400, 2400)
     if database.name != "sqlite":  # where the one writer may well be done before anybody can say so
         assert rescued > 0
 
