@@ -44,10 +44,10 @@ from sqlalchemy_jobs.limits import Numbers, Rate
 from sqlalchemy_jobs.models import LimitRow
 from sqlalchemy_jobs.tables import limits
 from sqlalchemy_jobs.worker import limiting, speed
-from tests.conformance.test_poison import until
 from tests.conformance.test_transitions import BOOM, Bench
 from tests.databases import Database
 from tests.proxy import Proxy, When
+from tests.waiting import until
 
 
 @job("three", limit=Limit(concurrency=3))

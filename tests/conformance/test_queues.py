@@ -41,9 +41,9 @@ from sqlalchemy_jobs.worker import claiming, controls, speed
 from sqlalchemy_jobs.worker.claiming import Claimer
 from sqlalchemy_jobs.worker.controls import Controls
 from sqlalchemy_jobs.worker.maintenance import find_unserved
-from tests.conformance.test_poison import until
 from tests.conformance.test_transitions import Bench
 from tests.databases import Database
+from tests.waiting import until
 
 
 @job("errand")

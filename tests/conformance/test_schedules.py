@@ -52,6 +52,7 @@ from tests.databases import Database
 from tests.locks import without_old_rows
 from tests.processes import ROOT
 from tests.proxy import Proxy, When
+from tests.waiting import until
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
@@ -855,19 +856,12 @@ def test_a_worker_is_told_of_a_new_schedule_by_the_server(postgresql: Database) 
         "    session.add(Schedule('row', '@every 1s', Note('told'))); session.commit()\n"
     )
     with app.worker():
-        wait_for(lambda: bell_is_on(scene))
+        until(lambda: bell_is_on(scene))
         time.sleep(0.2)  # the look that follows it
         before = time.monotonic()
         subprocess.run([sys.executable, "-c", program, url], cwd=ROOT, check=True)
         seen.wait(lambda payloads: Note("told") in payloads)
         assert time.monotonic() - before < 30
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def bell_is_on(scene: Scene) -> bool:
