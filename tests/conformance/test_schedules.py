@@ -554,7 +554,7 @@ def test_a_unique_key_that_an_open_transaction_holds_stops_no_other_schedule(
             lambda session: session.scalar(text(patience[row_locks.name])) == before
         )
         theirs.rollback()
-        wait_for(lambda: each.step() >= 0.0 and len(made()) == 4)
+        until(lambda: each.step() >= 0.0 and len(made()) == 4)
     assert made() == ["held 1", "held 2", "other", "other"]
     assert sum("waits for an open transaction" in line.message for line in caplog.records) == 2
 
@@ -748,7 +748,7 @@ def test_a_row_that_is_locked_holds_up_no_other_and_has_its_start_tick_later(
         pool.submit(each.step).result(20)
         assert [job.payload["text"] for job in scene.jobs()] == ["free"]
         session.rollback()
-        wait_for(lambda: each.step() > 0.0 and len(scene.jobs()) == 2)
+        until(lambda: each.step() > 0.0 and len(scene.jobs()) == 2)
 
 
 # --- run now --------------------------------------------------------------------------------------
@@ -795,7 +795,7 @@ class Seen:
 
     def wait(self, condition: Callable[[list[Any]], bool]) -> list[Any]:
         with self._changed:
-            assert self._changed.wait_for(lambda: condition(self.runs), 60), self.runs
+            assert self._changed.until(lambda: condition(self.runs), 60), self.runs
             return list(self.runs)
 
 
