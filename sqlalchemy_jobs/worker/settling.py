@@ -27,7 +27,7 @@ LARGEST_BATCH = 500
 BESIDE_AWAITED = 100
 """How many others go along with those whose end is awaited: the batch is to be small, and the others are to go on too."""
 GATHER = 0.02
-"""Seconds for which ends are gathered while quick jobs wait for a slot: a batch costs as much as dozens of jobs."""
+"""Seconds for which ends are gathered at most while quick jobs wait for a slot: a batch costs as much as dozens of jobs."""
 PATIENT_TRIES = 3
 PATIENCE = 5.0
 """Seconds, and how many tries at least, after which a run whose end is not accepted is at fault itself."""
@@ -81,8 +81,8 @@ class Settler:
         if not self._awaited.empty():
             self._take_in(self._awaited, LARGEST_BATCH)
             most = len(self._open) + BESIDE_AWAITED
-        elif self._expects_more():
-            time.sleep(GATHER)
+        else:
+            self._gather()
         self._take_in(self._incoming, most)
         statements, transaction = self._control.statements, self._control.transaction
         self._make_together(transitions.complete, transitions.complete_many, statements)
@@ -101,6 +101,17 @@ class Settler:
         if self._open:
             return LOCKED_PAUSE
         return None if self._incoming.empty() and self._awaited.empty() else 0.0
+
+    def _gather(self) -> None:
+        """Wait for a full batch, while more will come of themselves and no other job waits for one of these."""
+        until = time.monotonic() + GATHER
+        while (
+            self._expects_more()
+            and self._incoming.qsize() < LARGEST_BATCH
+            and self._awaited.empty()
+            and time.monotonic() < until
+        ):
+            time.sleep(GATHER / 10)
 
     def _take_in(self, ended: queue.SimpleQueue[tuple[Run, Transition]], most: int) -> None:
         while len(self._open) < most and not ended.empty():
