@@ -56,6 +56,7 @@ class Completing:
 
     def __init__(self, connection: Connection) -> None:
         self._driver: Any = connection.connection.driver_connection
+        self._encoding: str = self._driver.info.encoding
         self._run_async: Any = None
         if connection.dialect.is_async:
             self._run_async = connection.connection.dbapi_connection.run_async  # type: ignore[union-attr]
@@ -106,25 +107,35 @@ class Completing:
         return getattr(getattr(self._driver, "_prepared", None), "_names", None)
 
     def _execute(self, statements: str) -> None:
-        if self._run_async is not None:
-            self._run_async(lambda driver: driver.execute(statements.encode(), prepare=False))
-            return
+        """By libpq: a cursor of psycopg costs as much as the completion.
+
+        On a thread in one call. It would take turns with other threads for each part of the answer.
+        """
         from psycopg import pq
         from psycopg.errors import error_from_result
 
-        # By libpq itself: a cursor of psycopg costs as much as the completion, and takes turns with other threads
-        # for each part of the answer.
-        with self._driver.lock:
-            result = self._driver.pgconn.exec_(statements.encode())
+        encoded = statements.encode(self._encoding)
+        if self._run_async is not None:
+            result = self._run_async(lambda driver: _last_result(driver, encoded))
+        else:
+            with self._driver.lock:
+                result = self._driver.pgconn.exec_(encoded)
         if result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK):
             raise error_from_result(result)
 
     def _first_value(self, statements: str) -> str:
         """Execute them as psycopg does it, and return what the first one has selected."""
+        encoded = statements.encode(self._encoding)
         if self._run_async is not None:
-            cursor = self._run_async(
-                lambda driver: driver.execute(statements.encode(), prepare=False)
-            )
+            cursor = self._run_async(lambda driver: driver.execute(encoded, prepare=False))
         else:
-            cursor = self._driver.execute(statements.encode(), prepare=False)
+            cursor = self._driver.execute(encoded, prepare=False)
         return str(cursor.pgresult.get_value(0, 0).decode())
+
+
+async def _last_result(driver: Any, statements: bytes) -> Any:
+    from psycopg.generators import execute
+
+    async with driver.lock:
+        driver.pgconn.send_query(statements)
+        return (await driver.wait(execute(driver.pgconn)))[-1]

@@ -193,7 +193,7 @@ class Limiting:
 
     def is_awaited(self, run: Run) -> bool:
         """Tell whether others wait for the end of a run, since no more may run at once."""
-        key = self._ours.get(run.job_id)
+        key = self._ours.get(run.job_id) if self._ours else None
         return key is not None and (key in self._blocked or key in self._rest_until)
 
     def forget(self) -> None:
