@@ -48,6 +48,8 @@ def cancel(session: Session | scoped_session[Any], job_id: uuid.UUID, /, reason:
                     Outcome.CANCELLED,
                     Failure(reason),
                 )
+            if row.limit_key is not None:  # another one may begin
+                bell.ring(session, [row.queue])
             _refresh(session, job_id)
             return True
     return False
@@ -121,7 +123,7 @@ def _flushed(session: Session | scoped_session[Any]) -> Session:
 def _locked(session: Session, job_id: uuid.UUID, states: tuple[JobState, ...]) -> Any:
     """Lock the job's row, when it is in one of these states, and return what it is guarded by."""
     return session.execute(
-        select(jobs.c.attempt, jobs.c.worker_id, jobs.c.unique_key)
+        select(*jobs.c["attempt", "worker_id", "unique_key", "limit_key", "queue"])
         .where(jobs.c.id == job_id, jobs.c.state.in_([state.value for state in states]))
         .with_for_update(key_share=True),
         bind_arguments=TO_JOB,

@@ -78,7 +78,8 @@ class Limiting:
         self._look_at = self._next_due = -math.inf
         self._cursor = ""
         """Behind which key the next look begins; "" for a new round."""
-        self._found_in_round = False
+        self._found_in_round = self._is_held_in_round = False
+        """Whether a round has found anything, and whether something that ends elsewhere untold holds up a key."""
         self._due_in_round = math.inf
         self._open: OrderedDict[tuple[str, str], LimitedKey] = OrderedDict()
         """By key and queue; the next one to have its turn first."""
@@ -211,8 +212,8 @@ class Limiting:
     def _look(self, began_at: float) -> None:
         for _ in range(LOOKS):
             if not self._cursor:
-                self._found_in_round, self._due_in_round = False, math.inf
-                self.has_passed_paused = False
+                self._found_in_round = self._is_held_in_round = self.has_passed_paused = False
+                self._due_in_round = math.inf
                 for of_round in (self._blocked, self._suspects, self._running):
                     of_round.clear()
             lanes = self._control.statements(self._lanes)
@@ -224,9 +225,12 @@ class Limiting:
         now = time.monotonic()
         took = now - began_at
         self._look_at = now + (PROBE if self._is_dormant else max(SWEEP, LOOKS_SHARE * took))
-        # Others free keys too, and do not tell.
-        again = min(ROUND_SHARE * took, self._poll) if self._cursor else self._poll
-        self._next_due = min(self._due_in_round, now + again if self._found_in_round else math.inf)
+        again = math.inf
+        if self._cursor:
+            again = min(ROUND_SHARE * took, self._poll)
+        elif self._is_held_in_round:
+            again = self._poll
+        self._next_due = min(self._due_in_round, now + again)
 
     def _lanes(self, session: Session) -> list[LimitedLane]:
         """Return the next lanes that are ours; of an ordered key that of its oldest job."""
@@ -241,9 +245,9 @@ class Limiting:
             return ours
         opens = {each.key: each.opens for each in ours}
         heads = statements.ordered_heads(session, sorted(ordered))
-        return [each for each in ours if each.key not in ordered] + [
-            each._replace(opens=opens[each.key]) for each in heads if self._is_ours(each)
-        ]
+        heads = [each._replace(opens=opens[each.key]) for each in heads if self._is_ours(each)]
+        self._is_held_in_round |= len(heads) < len(ordered)  # by one that is left to others
+        return [each for each in ours if each.key not in ordered] + heads
 
     def _is_ours(self, lane: LimitedLane) -> bool:
         """Tell whether the lane may have jobs for this worker; keys that only others know are left to them."""
@@ -272,6 +276,7 @@ class Limiting:
         if lane.crashes >= ALONE_FROM and not self._is_never_alone(lane.kind):
             self._suspects[lane.key] = key
         if numbers.concurrency is not None and lane.running >= numbers.concurrency:
+            self._is_held_in_round = True
             self._blocked.setdefault(lane.key, []).append(key)
         else:
             known = self._open.get((lane.key, lane.queue), key)
@@ -356,6 +361,8 @@ class Limiting:
     def _put_back(self, key: LimitedKey, claims: list[Claim], most: int, had_room: bool) -> None:
         """Keep a key of which there may be more to claim: to have its turn after the others, or when a run has ended."""
         self._running[key.key] += len(claims)
+        if not claims:  # who knows what holds it up
+            self._next_due = min(self._next_due, time.monotonic() + self._poll)
         allowed = key.numbers.concurrency
         if allowed is not None:
             self._ours.update((claim.job_id, key.key) for claim in claims)

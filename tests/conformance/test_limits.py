@@ -1,5 +1,6 @@
 """Limits hold over all workers, whatever dies, and a key that is blocked does not hold up the others."""
 
+import math
 import threading
 import time
 import uuid
@@ -24,6 +25,7 @@ from sqlalchemy_jobs import (
     Queue,
     Retry,
     Worker,
+    cancel,
     current_run,
     dialects,
     enqueue_many,
@@ -44,6 +46,9 @@ from sqlalchemy_jobs.limits import Numbers, Rate
 from sqlalchemy_jobs.models import LimitRow
 from sqlalchemy_jobs.tables import limits
 from sqlalchemy_jobs.worker import limiting, speed
+from sqlalchemy_jobs.worker.controls import Controls
+from sqlalchemy_jobs.worker.pools import Pools
+from sqlalchemy_jobs.worker.slots import Slots
 from tests.conformance.test_transitions import BOOM, Bench
 from tests.databases import Database
 from tests.proxy import Proxy, When
@@ -513,6 +518,62 @@ def test_a_key_that_another_worker_frees_is_found_by_polling(
         assert charge.ran == []
         bench.do(lambda session: transitions.complete(session, held))
         until(lambda: charge.ran == [Charge(1, 1)])
+
+
+@dataclass(frozen=True)
+class Held:
+    """Why nothing of a key may begin, and within how many seconds somebody is to look again."""
+
+    payload: Any
+    key: str
+    numbers: Numbers
+    waits: float
+    delay: timedelta = timedelta(0)
+
+
+HELD = {
+    "used up": Held(Call(), "api", RATE, 3600),
+    "running": Held(Charge(), "charge/1", ONE, 1),
+    "paused": Held(Three(), "three", THREE, math.inf),
+    "delayed head": Held(Step(), "step/a", ORDERED, 600, timedelta(minutes=10)),
+    "head of others": Held(Step(), "step/a", ORDERED, 1),
+}
+
+
+@pytest.mark.parametrize("why", HELD)
+def test_only_what_ends_untold_is_polled_for(bench: LimitBench, why: str) -> None:
+    held = HELD[why]
+    app: JobApp[Any, Any] = JobApp(sessionmaker())
+    Counting(app, type(held.payload))
+    bench.add_limited(held.payload, delay=held.delay)
+    bench.add_limited(*[held.payload] * 5)
+    if why == "head of others":
+        bench.do(lambda s: s.execute(update(Job).values(queue="others")))
+        bench.add_limited(held.payload)
+    if why in ("used up", "running"):
+        assert bench.claim_of(bench.worker(), held.key, numbers=held.numbers)
+    if why == "paused":
+        bench.do(lambda session: pause_kind(session, "three"))
+    controls, pools = Controls(app.handlers), Pools({"default": None})
+    bench.do(controls.read)
+    slots = Slots(4, pools, lambda: None)
+    it = limiting.Limiting(bench.control, slots, app.handlers, pools, controls, 1.0, lambda: None)
+    it.look(is_busy=False)
+    assert not it.wants_slots
+    assert it.wait == pytest.approx(held.waits, rel=0.01)
+
+
+def test_a_cancelled_head_does_not_hold_up_its_key(database: Database) -> None:
+    """The bell is rung for it: the worker sleeps."""
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    step = Counting(app, Step)
+    with database.sessions().begin() as session:
+        (head,) = enqueue_many(session, [Step(n=1)], delay=timedelta(hours=1))
+        enqueue_many(session, [Step(n=2)])
+    with app.worker(poll_interval=timedelta(seconds=60)):
+        with database.sessions().begin() as session:
+            assert cancel(session, head)
+        until(lambda: step.ran == [Step(n=2)])
 
 
 def test_a_delayed_job_with_a_limit_starts_on_time(database: Database) -> None:
