@@ -8,6 +8,12 @@ import threading
 import time
 import uuid
 
+
+def earlier(job_id: uuid.UUID, milliseconds: int) -> uuid.UUID:
+    """Return an id that is less than all that were made so long before another one, or later."""
+    return uuid.UUID(int=max((job_id.int >> 80) - milliseconds, 0) << 80)
+
+
 if sys.version_info >= (3, 14):
     from uuid import uuid7 as uuid7
 else:

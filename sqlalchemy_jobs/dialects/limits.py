@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -33,9 +34,12 @@ from sqlalchemy_jobs.dialects.claiming import (
 )
 from sqlalchemy_jobs.inserts import insert_missing
 from sqlalchemy_jobs.states import JobState
-from sqlalchemy_jobs.tables import IS_RUNNING, TO_JOB, is_limited, jobs, limits
+from sqlalchemy_jobs.tables import IS_RUNNING, TO_JOB, by_id, is_limited, jobs, limits
 
-_LANE = jobs.c["id", "limit_key", "queue", "priority", "run_at", "kind", "crashes"]
+NEWEST = 500
+"""Among how many jobs one looks for new ones that count against limits."""
+
+LANE = jobs.c["id", "limit_key", "queue", "priority", "run_at", "kind", "crashes"]
 _TAKE = TAKE.values(started_at=bindparam("began_at", type_=utc_datetime()))
 _ADD_KEYS = insert_missing(limits).values(limit_key=bindparam("of_key"), used_at=server_now())
 
@@ -83,7 +87,7 @@ class LimitStatements:
             is_limited(job, JobState.READY), job.c.limit_key > key
         )
         next_key = self._by_index(behind, job).order_by(job.c.limit_key).limit(1)
-        lane = select(*_LANE, server_now().label("now")).where(is_limited(jobs, JobState.READY))
+        lane = select(*LANE, server_now().label("now")).where(is_limited(jobs, JobState.READY))
         lane = self._by_index(lane, jobs).limit(2)
         in_key = lane.where(jobs.c.limit_key == key)
         queue = bindparam("of_queue", type_=String)
@@ -102,6 +106,36 @@ class LimitStatements:
         running = self._running_of(limits.c.limit_key).label("running")
         found = select(limits.c.limit_key, limits.c.next_at, running)
         return found.where(limits.c.limit_key.in_(bindparam("keys", expanding=True)))
+
+    def newest(self, session: Session, after: uuid.UUID) -> tuple[list[LimitedLane], uuid.UUID]:
+        """Return lanes of which a job is among the newest ``NEWEST`` behind an id, and the newest id; locks nothing.
+
+        Ids grow with the time at which they were made, so no other job is read.
+        """
+        found = self._newest_rows(session, after)
+        rows: dict[tuple[Any, ...], list[Any]] = {}
+        for row in found:
+            if row.limit_key is not None and row.state == JobState.READY:
+                rows.setdefault((row.limit_key, row.queue, row.priority), []).append(row)
+        keys = sorted({key for key, _, _ in rows})
+        known = {
+            row.limit_key: row
+            for row in session.execute(self._standing, {"keys": keys}, bind_arguments=TO_JOB)
+        }
+        lanes = [
+            _lane(min(of_lane, key=attrgetter("run_at")), known.get(key), has_more=len(of_lane) > 1)
+            for (key, _, _), of_lane in rows.items()
+        ]
+        return lanes, found[0].id if found else after
+
+    def _newest_rows(self, session: Session, after: uuid.UUID) -> Sequence[Any]:
+        return session.execute(self._newest, {"after": after}, bind_arguments=TO_JOB).all()
+
+    @cached_property
+    def _newest(self) -> Any:
+        found = select(*LANE, jobs.c.state, server_now().label("now"))
+        behind = found.where(jobs.c.id > bindparam("after", type_=jobs.c.id.type))
+        return by_id(behind.order_by(jobs.c.id.desc()).limit(NEWEST))
 
     def ordered_heads(self, session: Session, keys: Sequence[str]) -> list[LimitedLane]:
         """Return the oldest ready job of each of these keys: no other of the key may begin."""
@@ -129,7 +163,7 @@ class LimitStatements:
 
     @cached_property
     def _jobs(self) -> Any:
-        found = select(*_LANE, server_now().label("now"))
+        found = select(*LANE, server_now().label("now"))
         return found.where(jobs.c.id.in_(bindparam("ids", expanding=True)))
 
     def add_keys(self, session: Session, keys: Sequence[str]) -> None:

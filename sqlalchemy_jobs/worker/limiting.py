@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy_jobs import dialects, limited
 from sqlalchemy_jobs.app import Handler
 from sqlalchemy_jobs.claims import ALONE_FROM, Claim, Lane, LimitedKey, LimitedLane, Wanted
+from sqlalchemy_jobs.ids import earlier
 from sqlalchemy_jobs.limits import UNLIMITED, Numbers, key_of_queue, name_of
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.worker.control import Control
@@ -32,6 +33,8 @@ SWEEP = 1.0
 """Seconds for which a busy worker may miss a key that is new, or that another worker has made free."""
 LOOKS_SHARE = 20
 """A busy worker looks again after so many times as long as it took: there may be many keys."""
+LATE = 5000
+"""Milliseconds by which the transaction of a job may commit after those of newer ones, and it counts as new all the same."""
 ROUND_SHARE = 5
 """The same for an idle worker that has not been through all keys yet."""
 PROBE = 60.0
@@ -76,6 +79,9 @@ class Limiting:
         """Whether the present round came by jobs whose queue or kind is paused, as far as is known."""
         self._has_found = False
         self._look_at = self._next_due = -math.inf
+        self._newest = uuid.UUID(int=0)
+        """The id of the newest job that was seen."""
+        self._newest_at = -math.inf
         self._cursor = ""
         """Behind which key the next look begins; "" for a new round."""
         self._found_in_round = self._is_held_in_round = False
@@ -222,6 +228,12 @@ class Limiting:
             self._has_found = self._found_in_round or (self._has_found and bool(self._cursor))
             if self._open or not self._cursor:
                 break
+        if self._cursor and began_at >= self._newest_at:
+            # A key that is new would wait until the round comes to it.
+            for each in self._control.statements(self._newest_lanes):
+                if each.key not in self._blocked:
+                    self._sort_in(each, began_at)
+            self._newest_at = time.monotonic() + SWEEP / 5
         now = time.monotonic()
         took = now - began_at
         self._look_at = now + (PROBE if self._is_dormant else max(SWEEP, LOOKS_SHARE * took))
@@ -233,10 +245,19 @@ class Limiting:
         self._next_due = min(self._due_in_round, now + again)
 
     def _lanes(self, session: Session) -> list[LimitedLane]:
-        """Return the next lanes that are ours; of an ordered key that of its oldest job."""
-        statements = dialects.of(session).limits
-        found = statements.lanes(session, self._cursor, LANES)
+        """Return the next lanes."""
+        found = dialects.of(session).limits.lanes(session, self._cursor, LANES)
         self._cursor = found[-1].key if len(found) == LANES else ""
+        return self._ours_of(session, found)
+
+    def _newest_lanes(self, session: Session) -> list[LimitedLane]:
+        """Return the lanes of jobs that are new."""
+        after = earlier(self._newest, LATE)
+        found, self._newest = dialects.of(session).limits.newest(session, after)
+        return self._ours_of(session, found)
+
+    def _ours_of(self, session: Session, found: list[LimitedLane]) -> list[LimitedLane]:
+        """Return those that are ours; of an ordered key the lane of its oldest job."""
         ours = [each for each in found if self._is_ours(each)]
         if new := {each.key for each in ours if not each.is_known}:
             limited.add_keys(session, new)
@@ -244,7 +265,7 @@ class Limiting:
         if not ordered:
             return ours
         opens = {each.key: each.opens for each in ours}
-        heads = statements.ordered_heads(session, sorted(ordered))
+        heads = dialects.of(session).limits.ordered_heads(session, sorted(ordered))
         heads = [each._replace(opens=opens[each.key]) for each in heads if self._is_ours(each)]
         self._is_held_in_round |= len(heads) < len(ordered)  # by one that is left to others
         return [each for each in ours if each.key not in ordered] + heads

@@ -540,11 +540,19 @@ HELD = {
 }
 
 
+def limiting_of(bench: LimitBench, payload: type[Any]) -> limiting.Limiting:
+    """Return that of a worker with four slots and a poll interval of a second."""
+    app: JobApp[Any, Any] = JobApp(sessionmaker())
+    Counting(app, payload)
+    controls, pools = Controls(app.handlers), Pools({"default": None})
+    bench.do(controls.read)
+    slots = Slots(4, pools, lambda: None)
+    return limiting.Limiting(bench.control, slots, app.handlers, pools, controls, 1.0, lambda: None)
+
+
 @pytest.mark.parametrize("why", HELD)
 def test_only_what_ends_untold_is_polled_for(bench: LimitBench, why: str) -> None:
     held = HELD[why]
-    app: JobApp[Any, Any] = JobApp(sessionmaker())
-    Counting(app, type(held.payload))
     bench.add_limited(held.payload, delay=held.delay)
     bench.add_limited(*[held.payload] * 5)
     if why == "head of others":
@@ -554,13 +562,34 @@ def test_only_what_ends_untold_is_polled_for(bench: LimitBench, why: str) -> Non
         assert bench.claim_of(bench.worker(), held.key, numbers=held.numbers)
     if why == "paused":
         bench.do(lambda session: pause_kind(session, "three"))
-    controls, pools = Controls(app.handlers), Pools({"default": None})
-    bench.do(controls.read)
-    slots = Slots(4, pools, lambda: None)
-    it = limiting.Limiting(bench.control, slots, app.handlers, pools, controls, 1.0, lambda: None)
+    it = limiting_of(bench, type(held.payload))
     it.look(is_busy=False)
     assert not it.wants_slots
     assert it.wait == pytest.approx(held.waits, rel=0.01)
+
+
+def test_a_new_key_does_not_wait_for_a_round_through_all_those_that_are_blocked(
+    bench: LimitBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limiting, "LANES", 5)
+    monkeypatch.setattr(limiting, "LOOKS", 1)
+    monkeypatch.setattr(limiting, "SWEEP", 0.0)
+    for _ in range(2):
+        bench.add_limited(*(Charge(n) for n in range(100, 140)))
+    for n in range(4):
+        keys = [f"charge/{100 + 10 * n + m}" for m in range(10)]
+        assert len(bench.claim_of(bench.worker(), *keys, numbers=ONE)) == 10
+    it = limiting_of(bench, Charge)
+    it.look(is_busy=False)
+    assert not it.wants_slots
+    bench.add(Charge(999), Charge(998), delay=timedelta(hours=1))
+    it.look(is_busy=False)
+    assert not it.wants_slots
+    bench.add(Plain(), Charge(999))
+    it.look(is_busy=False)
+    assert it.wants_slots
+    wanted = Wanted(bench.worker(), ["charge"], (), {}, 4)
+    assert len(it.claim(wanted)) == 1
 
 
 def test_a_cancelled_head_does_not_hold_up_its_key(database: Database) -> None:
