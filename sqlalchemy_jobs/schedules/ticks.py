@@ -136,11 +136,13 @@ def plan(row: Any, now: datetime, known: Known) -> Firing:
         ticks, following = owed(rule, row.next_tick, now, row.catch_up, window)
         make = _maker(row, known)
         return Firing(row, [(tick, make(tick)) for tick in ticks], following)
-    except Exception as error:  # of a row that was edited by hand, or of the application's function
+    except (
+        BaseException
+    ) as error:  # of a row that was edited by hand, or of the application's function, sys.exit too
         return broken(Firing(row, next_tick=following), error)
 
 
-def broken(firing: Firing, error: Exception) -> Firing:
+def broken(firing: Firing, error: BaseException) -> Firing:
     """Make no job and note why; the row of an application is paused by it."""
     return replace(firing, payloads=(), error=f"{type(error).__name__}: {error}")
 
@@ -232,7 +234,7 @@ def starts(session: Session, worker_id: uuid.UUID, known: Known) -> list[Firing]
         if known.has(row) and row.kind not in served and not _has_ticked_since(row, me.started_at):
             try:
                 payload = _maker(row, known)(row.now)
-            except Exception as error:
+            except BaseException as error:
                 firings.append(broken(Firing(row, next_tick=row.next_tick), error))
             else:
                 firings.append(Firing(row, [(row.now, payload)], row.next_tick))

@@ -646,11 +646,12 @@ def test_a_schedule_of_the_code_under_the_name_of_a_row_is_refused_at_the_start(
     assert scene.row("report").payload == {"text": "row"}
 
 
+@pytest.mark.parametrize("trouble", [ValueError("not today"), SystemExit("not today")])
 def test_a_function_makes_the_payload_of_each_tick_and_its_error_costs_that_tick_alone(
-    scene: Scene, caplog: pytest.LogCaptureFixture
+    scene: Scene, caplog: pytest.LogCaptureFixture, trouble: BaseException
 ) -> None:
     app = app_of(scene)
-    troubles = [ValueError("not today")]
+    troubles = [trouble]
 
     def make(tick: datetime) -> Note:
         if troubles:
@@ -665,12 +666,29 @@ def test_a_function_makes_the_payload_of_each_tick_and_its_error_costs_that_tick
             pass
     assert scene.jobs() == []
     row = scene.row("report")
-    assert (row.paused, row.error, row.payload) == (False, "ValueError: not today", None)
+    said = f"{type(trouble).__name__}: not today"
+    assert (row.paused, row.error, row.payload) == (False, said, None)
     assert len(caplog.records) == 1
     tick = scene.make_due("report")
     scene.fire(app.known_schedules)
     assert [each.payload for each in scene.jobs()] == [{"text": tick.isoformat()}]
     assert scene.row("report").error is None
+
+
+def test_a_function_that_exits_at_the_start_costs_the_start_tick_alone(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(tick: datetime) -> Note:
+        sys.exit("not at the start")
+
+    app = app_of(scene)
+    app.schedule("report", "@yearly", make, run_on_start=True)
+    start(scene, app)
+    assert scene.jobs() == []
+    assert [each.message for each in caplog.records if each.levelno == logging.ERROR] == [
+        'schedule "report" has no job for a tick: SystemExit: not at the start'
+    ]
+    assert scene.row("report").next_tick is not None
 
 
 def test_workers_that_start_together_add_a_schedule_once_and_make_one_start_tick(
