@@ -101,6 +101,11 @@ class Scene:
         with self.sessions.begin() as session:
             return len(fire_due(session, known))
 
+    def wait_for_others(self, name: str) -> None:
+        """Wait until nobody holds a row: the server may still be at the COMMIT of one who has gone."""
+        with self.sessions.begin() as session:
+            session.get(Schedule, name, with_for_update=True)
+
     def make_due(self, name: str, ago: timedelta = timedelta(seconds=1)) -> datetime:
         """Have it that the next tick has come some time ago."""
         tick = self.now() - ago
@@ -220,8 +225,7 @@ def test_a_process_that_dies_leaves_both_the_tick_and_its_job_or_neither(scene: 
             tick = scene.make_due("report")
             print(moment, file=dying.stdin, flush=True)
             assert dying.stdout.readline() == "-9\n"
-            with scene.sessions.begin() as session:  # the server may be at its COMMIT still
-                session.get(Schedule, "report", with_for_update=True)
+            scene.wait_for_others("report")
             moved_on = scene.row("report").next_tick == following
             assert len(scene.jobs()) == made + moved_on
             assert moved_on in {"before": (False,), "in": (False, True), "after": (True,)}[moment]
@@ -247,6 +251,7 @@ def test_a_commit_that_is_cut_leaves_both_or_neither_and_is_not_made_twice(
         with pytest.raises(DBAPIError):
             session.commit()
     assert proxy.cuts.acquire(timeout=20)
+    scene.wait_for_others("report")
     assert len(scene.jobs()) == (when == "after")
     scene.fire()
     assert len(scene.jobs()) == 1
@@ -813,7 +818,7 @@ class Seen:
 
     def wait(self, condition: Callable[[list[Any]], bool]) -> list[Any]:
         with self._changed:
-            assert self._changed.until(lambda: condition(self.runs), 60), self.runs
+            assert self._changed.wait_for(lambda: condition(self.runs), 60), self.runs
             return list(self.runs)
 
 
