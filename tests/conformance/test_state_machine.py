@@ -260,7 +260,6 @@ def test_every_interleaving_does_what_the_model_does(database: Database) -> None
         settings=settings(
             max_examples=40,
             stateful_step_count=50,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

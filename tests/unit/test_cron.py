@@ -183,7 +183,7 @@ def moments(draw: Callable[[st.SearchStrategy[object]], object]) -> tuple[ZoneIn
 
 
 @given(lines(st.none()), moments())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_the_ticks_are_those_of_a_reference_that_looks_at_every_minute(
     line: Line, moment: tuple[ZoneInfo, datetime]
 ) -> None:
@@ -198,7 +198,7 @@ def test_the_ticks_are_those_of_a_reference_that_looks_at_every_minute(
 
 
 @given(lines(fields(0, 59)), moments())
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_so_are_those_of_a_line_with_seconds(line: Line, moment: tuple[ZoneInfo, datetime]) -> None:
     zone, start = moment
     end = start + timedelta(hours=1)

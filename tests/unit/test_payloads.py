@@ -604,7 +604,7 @@ VALUES = st.builds(
 
 
 # Whatever is slow here is the machine.
-PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PATIENT = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
 @settings(PATIENT, max_examples=60)

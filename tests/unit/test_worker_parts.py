@@ -195,7 +195,7 @@ def test_slots_are_counted_right_by_many_threads() -> None:
     for each in threads:
         each.start()
     for each in threads:
-        each.join(20)
+        each.join(120)
     assert held.is_idle()
     assert held.room() == (100, {"a": 50, "b": 50})
 
