@@ -55,8 +55,9 @@ class Completing:
     """What is known of one connection to the server; it is kept in its ``info``."""
 
     def __init__(self, connection: Connection) -> None:
-        self._driver: Any = connection.connection.driver_connection
-        self._encoding: str = self._driver.info.encoding
+        driver: Any = connection.connection.driver_connection
+        self._driver = driver
+        self._encoding: str = driver.info.encoding
         self._run_async: Any = None
         if connection.dialect.is_async:
             self._run_async = connection.connection.dbapi_connection.run_async  # type: ignore[union-attr]
