@@ -78,17 +78,19 @@ _FIRST_OF_KEY_BEHIND = """(SELECT id FROM {jobs} job
        SELECT limit_key FROM {jobs} next
        WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key > {behind} ORDER BY limit_key LIMIT 1)
      ORDER BY queue, priority, run_at, id LIMIT 1)"""
-# One by one: without statistics the planner would read and sort all jobs.
+# One by one, and only the id, which the index has: without statistics the planner would read and sort all jobs.
 _NEWEST = """
-WITH RECURSIVE job (number, id, limit_key, queue, priority, run_at, kind, crashes, state) AS (
-  (SELECT 1, {lane}, state FROM {jobs} WHERE id > :after ORDER BY id DESC LIMIT 1)
+WITH RECURSIVE lane (number, id, limit_key, queue, priority, run_at, kind, crashes, state) AS (
+  (SELECT 1, {lane}, state FROM {jobs}
+   WHERE id = (SELECT id FROM {jobs} job WHERE id > :after ORDER BY id DESC LIMIT 1) LIMIT 1)
   UNION ALL
-  SELECT number + 1, next.*
-  FROM job CROSS JOIN LATERAL (
-    SELECT {lane}, state FROM {jobs} older WHERE older.id > :after AND older.id < job.id ORDER BY id DESC LIMIT 1) next
-  WHERE number < {newest}
+  SELECT here.number + 1, next.*
+  FROM lane here CROSS JOIN LATERAL (
+    SELECT {lane}, state FROM {jobs} WHERE id = (
+      SELECT id FROM {jobs} job WHERE id > :after AND id < here.id ORDER BY id DESC LIMIT 1) LIMIT 1) next
+  WHERE here.number < {newest}
 )
-SELECT *, clock_timestamp() AS now FROM job ORDER BY number
+SELECT *, clock_timestamp() AS now FROM lane ORDER BY lane.number
 """
 
 # Lost in a crash of the server they are made again.

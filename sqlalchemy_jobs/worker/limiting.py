@@ -84,6 +84,8 @@ class Limiting:
         self._newest_at = -math.inf
         self._cursor = ""
         """Behind which key the next look begins; "" for a new round."""
+        self._is_disturbed = False
+        """Whether it was called in the middle of a round: where the round had been something may have come up."""
         self._found_in_round = self._is_held_in_round = False
         """Whether a round has found anything, and whether something that ends elsewhere untold holds up a key."""
         self._due_in_round = math.inf
@@ -119,6 +121,7 @@ class Limiting:
             for each in self._blocked.pop(key, ()):
                 self._open[each.key, each.queue] = each
         now = time.monotonic()
+        self._is_disturbed |= bool(self._cursor) and now < self._next_due
         self._rest_until = {key: until for key, until in self._rest_until.items() if until > now}
         if now >= self._look_at or not (is_busy or self._open or self._is_dormant):
             self._look(now)
@@ -200,7 +203,7 @@ class Limiting:
 
     def is_awaited(self, run: Run) -> bool:
         """Tell whether others wait for the end of a run, since no more may run at once."""
-        key = self._ours.get(run.job_id) if self._ours else None
+        key = self._ours.get(run.job_id)
         return key is not None and (key in self._blocked or key in self._rest_until)
 
     def forget(self) -> None:
@@ -216,9 +219,11 @@ class Limiting:
         return not self._numbers and not self._has_found
 
     def _look(self, began_at: float) -> None:
+        goes_on = bool(self._cursor)
         for _ in range(LOOKS):
             if not self._cursor:
                 self._found_in_round = self._is_held_in_round = self.has_passed_paused = False
+                self._is_disturbed = False
                 self._due_in_round = math.inf
                 for of_round in (self._blocked, self._suspects, self._running):
                     of_round.clear()
@@ -228,7 +233,7 @@ class Limiting:
             self._has_found = self._found_in_round or (self._has_found and bool(self._cursor))
             if self._open or not self._cursor:
                 break
-        if self._cursor and began_at >= self._newest_at:
+        if (goes_on and not self._cursor) or (self._cursor and began_at >= self._newest_at):
             # A key that is new would wait until the round comes to it.
             for each in self._control.statements(self._newest_lanes):
                 if each.key not in self._blocked:
@@ -238,7 +243,7 @@ class Limiting:
         took = now - began_at
         self._look_at = now + (PROBE if self._is_dormant else max(SWEEP, LOOKS_SHARE * took))
         again = math.inf
-        if self._cursor:
+        if self._cursor or self._is_disturbed:
             again = min(ROUND_SHARE * took, self._poll)
         elif self._is_held_in_round:
             again = self._poll

@@ -592,6 +592,29 @@ def test_a_new_key_does_not_wait_for_a_round_through_all_those_that_are_blocked(
     assert len(it.claim(wanted)) == 1
 
 
+@pytest.mark.parametrize("disturbed", [True, False])
+def test_what_comes_up_behind_a_long_round_is_seen_by_the_next_one(
+    bench: LimitBench, monkeypatch: pytest.MonkeyPatch, disturbed: bool
+) -> None:
+    """Who is woken in the middle of a round goes round again; else it would sleep until the rate lets one begin."""
+
+    @job("visit", limit=Limit(rate="1/hour", key="site"))
+    @dataclass(frozen=True)
+    class Visit:
+        site: int
+
+    monkeypatch.setattr(limiting, "LANES", 5)
+    monkeypatch.setattr(limiting, "LOOKS", 1)
+    monkeypatch.setattr(limiting, "ROUND_SHARE", 1e6 if disturbed else 0)
+    bench.add_limited(*(Visit(n) for n in range(12)))
+    in_an_hour = server_now(timedelta(hours=1))
+    bench.do(lambda session: session.execute(update(limits).values(next_at=in_an_hour)))
+    it = limiting_of(bench, Visit)
+    for _ in range(3):
+        it.look(is_busy=False)
+    assert it.wait == pytest.approx(1 if disturbed else 3600, rel=0.01)
+
+
 def test_a_cancelled_head_does_not_hold_up_its_key(database: Database) -> None:
     """The bell is rung for it: the worker sleeps."""
     app: JobApp[Any, Any] = JobApp(database.sessions())
