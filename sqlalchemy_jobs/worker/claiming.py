@@ -158,7 +158,7 @@ class Claimer:
         """
         half = (self._slots.total + 1) // 2
         wanted = min(self._limiting.wanted_slots, half)
-        if not self._slots.waiting or self._pools.has_levels:
+        if not (self._was_ahead and self._slots.waiting) or self._pools.has_levels:
             wanted = 0
         if wanted:
             self._slots.wake_at = math.inf

@@ -72,6 +72,8 @@ class Slots:
         self._waiting: dict[str, deque[tuple[float, Run]]] = {}
         """By queue, with the time of the claim: the longest waiting first. No queue in which none waits."""
         self._waiting_count = 0
+        self._first: set[Run] = set()
+        """Those among them that go before all others: they have their slots already."""
         self._hung: set[Run] = set()
         self._by_pool: Counter[str] = Counter()
         """How many are running."""
@@ -95,6 +97,8 @@ class Slots:
                     self._owned[key] = run
                     waiting = self._waiting.setdefault(run.queue, deque())
                     (waiting.appendleft if first else waiting.append)((now, run))
+                    if first:
+                        self._first.add(run)
                     self._waiting_count += 1
 
     def next(self) -> Run | None:
@@ -115,6 +119,8 @@ class Slots:
                 run = self._batch(run, handler, waiting)
             if not waiting:
                 del self._waiting[queue]
+            if self._first:
+                self._first.difference_update(run.runs if isinstance(run, Batch) else [run])
             self._running[run] = pool
             self._by_pool[pool] += 1
             return run
@@ -166,6 +172,7 @@ class Slots:
                 if not waiting:
                     del self._waiting[queue]
             self._waiting_count -= len(withdrawn)
+            self._first.difference_update(withdrawn)
         return withdrawn
 
     def withdraw_if(self, condition: Callable[[Run], bool]) -> list[Run]:
@@ -176,6 +183,7 @@ class Slots:
                 withdrawn += [run for _, run in waiting if condition(run)]
                 self._waiting[queue] = deque(each for each in waiting if not condition(each[1]))
             self._waiting_count -= len(withdrawn)
+            self._first.difference_update(withdrawn)
         return withdrawn
 
     def ended(self, run: Run) -> bool:
@@ -219,6 +227,7 @@ class Slots:
             self._owned.clear()
             self._waiting.clear()
             self._waiting_count = 0
+            self._first.clear()
         for run in runs:
             run.ask_to_stop()
         self._tell()
@@ -273,7 +282,10 @@ class Slots:
             free = self.total - self.lost - len(self._running)
             rooms = {}
             taken = self._by_pool.copy()
-            if not beside_waiting:
+            if beside_waiting:
+                free -= len(self._first)
+                taken.update(self._place(run.queue).pool for run in self._first)
+            else:
                 free += sum(ahead.values()) - self._waiting_count
                 for queue, waiting in self._waiting.items():
                     taken[self._place(queue).pool] += len(waiting)

@@ -175,6 +175,7 @@ def test_slots_are_kept_for_what_goes_before_those_that_wait() -> None:
     for queue in ("a", "b"):
         run = a_run(queue)
         held.take([run], first=True)
+        assert held.room(beside_waiting=True) == (0, {})
         held.kept = 0
         assert held.next() is run
         held.ended(run)
