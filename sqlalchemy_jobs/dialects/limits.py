@@ -36,10 +36,10 @@ from sqlalchemy_jobs.inserts import insert_missing
 from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.tables import IS_RUNNING, TO_JOB, by_id, is_limited, jobs, limits
 
-NEWEST = 500
+NEWEST = 100
 """Among how many jobs one looks for new ones that count against limits."""
 
-LANE = jobs.c["id", "limit_key", "queue", "priority", "run_at", "kind", "crashes"]
+_LANE = jobs.c["id", "limit_key", "queue", "priority", "run_at", "kind", "crashes"]
 _TAKE = TAKE.values(started_at=bindparam("began_at", type_=utc_datetime()))
 _ADD_KEYS = insert_missing(limits).values(limit_key=bindparam("of_key"), used_at=server_now())
 
@@ -87,7 +87,7 @@ class LimitStatements:
             is_limited(job, JobState.READY), job.c.limit_key > key
         )
         next_key = self._by_index(behind, job).order_by(job.c.limit_key).limit(1)
-        lane = select(*LANE, server_now().label("now")).where(is_limited(jobs, JobState.READY))
+        lane = select(*_LANE, server_now().label("now")).where(is_limited(jobs, JobState.READY))
         lane = self._by_index(lane, jobs).limit(2)
         in_key = lane.where(jobs.c.limit_key == key)
         queue = bindparam("of_queue", type_=String)
@@ -108,14 +108,15 @@ class LimitStatements:
         return found.where(limits.c.limit_key.in_(bindparam("keys", expanding=True)))
 
     def newest(self, session: Session, after: uuid.UUID) -> tuple[list[LimitedLane], uuid.UUID]:
-        """Return lanes of which a job is among the newest ``NEWEST`` behind an id, and the newest id; locks nothing.
+        """Return lanes of which a job behind an id is among the newest ``NEWEST``, and the newest id; locks nothing.
 
-        Ids grow with the time at which they were made, so no other job is read.
+        Ids grow with the time at which they were made. All the newest are read: by a condition on the id, of which it
+        knows nothing yet, PostgreSQL would read and sort all jobs.
         """
-        found = self._newest_rows(session, after)
+        found = session.execute(self._newest, bind_arguments=TO_JOB).all()
         rows: dict[tuple[Any, ...], list[Any]] = {}
         for row in found:
-            if row.limit_key is not None and row.state == JobState.READY:
+            if row.id > after and row.limit_key is not None and row.state == JobState.READY:
                 rows.setdefault((row.limit_key, row.queue, row.priority), []).append(row)
         keys = sorted({key for key, _, _ in rows})
         known = {
@@ -128,14 +129,10 @@ class LimitStatements:
         ]
         return lanes, found[0].id if found else after
 
-    def _newest_rows(self, session: Session, after: uuid.UUID) -> Sequence[Any]:
-        return session.execute(self._newest, {"after": after}, bind_arguments=TO_JOB).all()
-
     @cached_property
     def _newest(self) -> Any:
-        found = select(*LANE, jobs.c.state, server_now().label("now"))
-        behind = found.where(jobs.c.id > bindparam("after", type_=jobs.c.id.type))
-        return by_id(behind.order_by(jobs.c.id.desc()).limit(NEWEST))
+        found = select(*_LANE, jobs.c.state, server_now().label("now"))
+        return by_id(found.order_by(jobs.c.id.desc()).limit(NEWEST))
 
     def ordered_heads(self, session: Session, keys: Sequence[str]) -> list[LimitedLane]:
         """Return the oldest ready job of each of these keys: no other of the key may begin."""
@@ -163,7 +160,7 @@ class LimitStatements:
 
     @cached_property
     def _jobs(self) -> Any:
-        found = select(*LANE, server_now().label("now"))
+        found = select(*_LANE, server_now().label("now"))
         return found.where(jobs.c.id.in_(bindparam("ids", expanding=True)))
 
     def add_keys(self, session: Session, keys: Sequence[str]) -> None:

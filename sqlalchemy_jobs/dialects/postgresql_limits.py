@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,6 @@ from sqlalchemy import (
     String,
     TextClause,
     TextualSelect,
-    Uuid,
     bindparam,
     cast,
     column,
@@ -32,7 +30,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy_jobs.claims import Claim, LimitedKey, LimitedLane, Wanted
 from sqlalchemy_jobs.columns import utc_datetime
 from sqlalchemy_jobs.dialects.claiming import CLAIMED, claim_of
-from sqlalchemy_jobs.dialects.limits import LANE, NEWEST, LimitStatements
+from sqlalchemy_jobs.dialects.limits import LimitStatements
 from sqlalchemy_jobs.dialects.postgresql_claims import (
     COLUMNS,
     ORDER,
@@ -78,21 +76,6 @@ _FIRST_OF_KEY_BEHIND = """(SELECT id FROM {jobs} job
        SELECT limit_key FROM {jobs} next
        WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key > {behind} ORDER BY limit_key LIMIT 1)
      ORDER BY queue, priority, run_at, id LIMIT 1)"""
-# One by one, and only the id, which the index has: without statistics the planner would read and sort all jobs.
-_NEWEST = """
-WITH RECURSIVE lane (number, id, limit_key, queue, priority, run_at, kind, crashes, state) AS (
-  (SELECT 1, {lane}, state FROM {jobs}
-   WHERE id = (SELECT id FROM {jobs} job WHERE id > :after ORDER BY id DESC LIMIT 1) LIMIT 1)
-  UNION ALL
-  SELECT here.number + 1, next.*
-  FROM lane here CROSS JOIN LATERAL (
-    SELECT {lane}, state FROM {jobs} WHERE id = (
-      SELECT id FROM {jobs} job WHERE id > :after AND id < here.id ORDER BY id DESC LIMIT 1) LIMIT 1) next
-  WHERE here.number < {newest}
-)
-SELECT *, clock_timestamp() AS now FROM lane ORDER BY lane.number
-"""
-
 # Lost in a crash of the server they are made again.
 _ADD_KEYS = """
 INSERT INTO {limits} (limit_key, used_at)
@@ -166,13 +149,6 @@ def _limited_lanes(schema: str | None) -> TextClause:
 
 
 @cache
-def _newest(schema: str | None) -> TextClause:
-    lane = ", ".join(column.name for column in LANE)
-    newest = _NEWEST.replace("{lane}", lane).replace("{newest}", str(NEWEST))
-    return text(in_schema(newest, schema)).bindparams(bindparam("after", type_=Uuid()))
-
-
-@cache
 def _add_keys(schema: str | None) -> TextClause:
     return text(in_schema(_ADD_KEYS, schema)).bindparams(bindparam("keys", type_=ARRAY(String)))
 
@@ -214,10 +190,6 @@ class PostgreSQLLimits(LimitStatements):
             bind_arguments=TO_JOB,
         )
         return [LimitedLane(*row) for row in found]
-
-    def _newest_rows(self, session: Session, after: uuid.UUID) -> Sequence[Any]:
-        newest = _newest(schema_in(session))
-        return session.execute(newest, {"after": after}, bind_arguments=TO_JOB).all()
 
     def add_keys(self, session: Session, keys: Sequence[str]) -> None:
         session.execute(_add_keys(schema_in(session)), {"keys": list(keys)}, bind_arguments=TO_JOB)
