@@ -49,14 +49,15 @@ def most(
     used = 0.0
     for each, is_async in ((engine, False), (async_engine, True)):
         if each is not None:  # without handlers it has the connection of the check at the start
-            used += min(runs if is_async in colours else 1, _limit(each.pool))
+            used += min(runs if is_async in colours else 1, limit_of(each.pool))
     of_control = engine or async_engine
     assert of_control is not None
     kept_open = (dialect.session_locks is not None) + (dialect.ear is not None)
-    return Connections(int(used), int(min(CONTROL, _limit(of_control.pool))) + LEASE + kept_open)
+    return Connections(int(used), int(min(CONTROL, limit_of(of_control.pool))) + LEASE + kept_open)
 
 
-def _limit(pool: Pool) -> float:
+def limit_of(pool: Pool) -> float:
+    """Return how many connections it gives out at a time."""
     if isinstance(pool, QueuePool) and pool.size() > 0 and pool._max_overflow >= 0:
         return pool.size() + pool._max_overflow
     return math.inf

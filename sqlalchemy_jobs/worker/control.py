@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy_jobs import dialects, sqlite
 from sqlalchemy_jobs.tables import TO_JOB
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
+from sqlalchemy_jobs.worker.connections import limit_of
 from sqlalchemy_jobs.worker.loops import LoopThread
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ class Control:
             return self._loop.call(self._once_async(cast("AsyncEngine", engine), work))
         if engine is self._autocommitting and self._keeps_sessions:
             return self._in_kept_session(work)
+        if self._sessions and cast(QueuePool, self._engine.pool).checkedin() == 0:
+            self._close_sessions()  # rather than open one connection more, or wait for one
         with Session(cast(Engine, engine)) as session, session.begin():
             return work(session)
 
@@ -146,6 +149,10 @@ class Control:
         except BaseException:
             _close(session)
             raise
+        pool = cast(QueuePool, self._engine.pool)
+        if pool.checkedout() >= limit_of(pool):  # somebody may be waiting for it
+            _close(session)
+            return result
         self._sessions.append(session)
         if self._closed:
             self._close_sessions()

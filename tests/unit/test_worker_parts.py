@@ -394,6 +394,20 @@ def test_a_database_that_does_not_answer_is_away(mysql: Database, postgresql: Da
         assert is_lost(caught.value)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_session_that_is_kept_takes_no_connection_from_a_transaction(
+    postgresql: Database, size: int
+) -> None:
+    engine = postgresql.engine(pool_size=size, max_overflow=0, pool_timeout=1)
+    connected: list[Any] = []
+    event.listen(engine.pool, "connect", lambda connection, record: connected.append(connection))
+    control = Control(engine, Availability())
+    for carry_out in (control.statements, control.transaction) * 2:
+        assert carry_out(lambda session: session.scalar(select(1))) == 1
+    assert len(connected) == 1
+    control.close()
+
+
 def test_an_outage_is_told_once_whatever_late_answers_come_in(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
