@@ -62,9 +62,14 @@ class Opened:
     def __init__(self, session: Session, argument: Any, base: type[Any] | None) -> None:
         self.session = session
         self.argument = argument
-        self._may_serve_again = base is not None and all(
-            type(each).__init__ is own.__init__ and type(each).close is own.close
-            for each, own in ((session, Session), (argument, base))
+        # A session with listeners of its own has the attribute that tells of a transaction from the beginning.
+        self._may_serve_again = (
+            base is not None
+            and "dispatch" not in vars(session)
+            and all(
+                type(each).__init__ is own.__init__ and type(each).close is own.close
+                for each, own in ((session, Session), (argument, base))
+            )
         )
         if not self._may_serve_again:
             return

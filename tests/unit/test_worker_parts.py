@@ -1041,6 +1041,9 @@ def test_a_session_is_as_new_only_while_nothing_was_done_with_it(sqlite: Databas
 
     assert is_as_new_after(lambda session: session.in_transaction())
     assert not opened(Counting).is_as_new()
+    listened = sessionmaker(sqlite.engine())()
+    event.listen(listened, "after_commit", never)
+    assert not Opened(listened, listened, Session).is_as_new()
     uses: list[Callable[[Session], object]] = [
         lambda session: session.begin(),
         lambda session: session.execute(select(1)),
