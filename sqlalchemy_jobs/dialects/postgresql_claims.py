@@ -105,20 +105,17 @@ def claim_of_lanes(session: Session, free_slots: bool, values: dict[str, Any]) -
     from psycopg.rows import tuple_row
 
     driver: Any = connection.connection.dbapi_connection
+    cursor: Any = Cursor(driver, row_factory=tuple_row)
     try:
-        rows = Cursor(driver, row_factory=tuple_row).execute(plain, values).fetchall()
+        rows = cursor.execute(plain, values).fetchall()
     except BaseException as error:
         # As for any statement: wrapped, and a connection that broke leaves the pool.
         connection._handle_dbapi_exception(error, plain, values, None, None)
-    return [
-        row
-        if row[_SCHEDULED_AT] is None
-        else _in_utc(row)  # psycopg reads it in the session's zone
-        for row in rows
-    ]
+    return [row if row[_SCHEDULED_AT] is None else _in_utc(row) for row in rows]
 
 
 def _in_utc(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a row of psycopg's, which reads times in the session's zone."""
     at = row[_SCHEDULED_AT].astimezone(UTC)
     return (*row[:_SCHEDULED_AT], at, *row[_SCHEDULED_AT + 1 :])
 
