@@ -10,11 +10,10 @@ from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
-    ARRAY,
     BigInteger,
     Boolean,
+    Connection,
     Integer,
-    SmallInteger,
     String,
     TextClause,
     TextualSelect,
@@ -27,6 +26,7 @@ from sqlalchemy.dialects.postgresql import psycopg
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs.claims import ALONE_FROM
+from sqlalchemy_jobs.columns import utc_datetime
 from sqlalchemy_jobs.dialects.claiming import CLAIMED
 from sqlalchemy_jobs.states import JobState
 from sqlalchemy_jobs.tables import TO_JOB, jobs, limits, schema_of, workers
@@ -98,42 +98,65 @@ def claim_of_lanes(session: Session, free_slots: bool, values: dict[str, Any]) -
     """Claim, and return the rows of what was claimed, in no order."""
     connection = session.connection(bind_arguments=TO_JOB)
     statement, plain = _of_lanes(schema_of(connection), free_slots)
-    if connection.dialect.driver != "psycopg" or connection.dialect.is_async:
+    if not is_psycopg(connection):
         return session.execute(statement, values, bind_arguments=TO_JOB).all()
-    # Four fifths of what it costs the client to claim a job are SQLAlchemy's.
+    cursor = plain_cursor(connection)
+    try:
+        return in_utc(cursor.execute(plain, values).fetchall())
+    except BaseException as error:
+        # As for any statement: wrapped, and a connection that broke leaves the pool.
+        connection._handle_dbapi_exception(error, plain, values, None, None)
+
+
+def is_psycopg(connection: Connection) -> bool:
+    """Tell whether the driver is psycopg's for threads: four fifths of what a claim costs the client are SQLAlchemy's."""
+    return connection.dialect.driver == "psycopg" and not connection.dialect.is_async
+
+
+def plain_cursor(connection: Connection) -> Any:
+    """Return a cursor of psycopg's whose rows are tuples."""
     from psycopg import Cursor
     from psycopg.rows import tuple_row
 
     driver: Any = connection.connection.dbapi_connection
-    cursor: Any = Cursor(driver, row_factory=tuple_row)
-    try:
-        rows = cursor.execute(plain, values).fetchall()
-    except BaseException as error:
-        # As for any statement: wrapped, and a connection that broke leaves the pool.
-        connection._handle_dbapi_exception(error, plain, values, None, None)
-    return [row if row[_SCHEDULED_AT] is None else _in_utc(row) for row in rows]
+    return Cursor(driver, row_factory=tuple_row)
 
 
-def _in_utc(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a row of psycopg's, which reads times in the session's zone."""
-    at = row[_SCHEDULED_AT].astimezone(UTC)
-    return (*row[:_SCHEDULED_AT], at, *row[_SCHEDULED_AT + 1 :])
+def in_utc(rows: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
+    """Return rows of psycopg's, which reads times in the session's zone."""
+    at = _SCHEDULED_AT
+    return [
+        row if row[at] is None else (*row[:at], row[at].astimezone(UTC), *row[at + 1 :])
+        for row in rows
+    ]
 
 
 @cache
 def _of_lanes(schema: str | None, free_slots: bool) -> tuple[TextualSelect, str]:
-    """Return the statement, and as psycopg takes it."""
-    statement = text(_in_schema_with_slots(_CLAIM, schema, free_slots))
-    # Arrays as text: a driver spends more on them than on all the rest.
-    arrays = "pools rooms lane_pools lane_queues lane_priorities lane_shares mark_run_ats mark_ids kinds never_alone"
-    types: dict[str, Any] = {
-        **dict.fromkeys(arrays.split(), String),
-        **dict.fromkeys(("suspects", "ahead", "durable"), Boolean),
-        "worker_id": Uuid,
-        "total": Integer,
-    }
-    typed = statement.bindparams(*(bindparam(name, type_=each) for name, each in types.items()))
-    return typed.columns(*COLUMNS), str(statement.compile(dialect=psycopg.dialect()))  # type: ignore[no-untyped-call]
+    return claiming(_CLAIM, schema, free_slots, *COLUMNS)
+
+
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("suspects", "ahead", "durable"), Boolean),
+    "worker_id": Uuid,
+    "total": Integer,
+    "began_at": utc_datetime(),
+}
+
+
+def claiming(
+    statement: str, schema: str | None, free_slots: bool, *columns: Any
+) -> tuple[TextualSelect, str]:
+    """Return a claim, and as psycopg takes it. Its arrays are texts: a driver spends more on them than on all the rest."""
+    keys_are_free = _KEYS_ARE_FREE if free_slots else ""
+    plain = text(in_schema(statement.replace("{and_keys_are_free}", keys_are_free), schema))
+    names = plain.compile().params
+    typed = plain.bindparams(*(bindparam(name, type_=_TYPES.get(name, String)) for name in names))
+    return typed.columns(*columns), as_psycopg_takes(plain)
+
+
+def as_psycopg_takes(statement: TextClause) -> str:
+    return str(statement.compile(dialect=psycopg.dialect()))  # type: ignore[no-untyped-call]
 
 
 def array_of(values: Iterable[Any]) -> str:
@@ -145,25 +168,6 @@ def array_of(values: Iterable[Any]) -> str:
 def _quoted_in_array(value: str) -> str:
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
-
-
-def claiming(statement: str, schema: str | None, free_slots: bool) -> TextClause:
-    """Return a claim with the parameters that all claims have."""
-    return text(_in_schema_with_slots(statement, schema, free_slots)).bindparams(
-        bindparam("pools", type_=ARRAY(String)),
-        bindparam("rooms", type_=ARRAY(Integer)),
-        bindparam("lane_priorities", type_=ARRAY(SmallInteger)),
-        bindparam("kinds", type_=ARRAY(String)),
-        bindparam("never_alone", type_=ARRAY(String)),
-        bindparam("worker_id", type_=Uuid()),
-        bindparam("total", type_=Integer),
-        bindparam("suspects", type_=Boolean),
-    )
-
-
-def _in_schema_with_slots(statement: str, schema: str | None, free_slots: bool) -> str:
-    keys_are_free = _KEYS_ARE_FREE if free_slots else ""
-    return in_schema(statement.replace("{and_keys_are_free}", keys_are_free), schema)
 
 
 def in_schema(statement: str, schema: str | None) -> str:

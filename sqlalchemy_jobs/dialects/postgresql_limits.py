@@ -8,37 +8,36 @@ from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from itertools import accumulate
-from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import (
     ARRAY,
-    Dialect,
-    Integer,
     String,
     TextClause,
     TextualSelect,
     bindparam,
     cast,
     column,
-    event,
     text,
 )
-from sqlalchemy.dialects.postgresql import psycopg
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs.claims import Claim, LimitedKey, LimitedLane, Wanted
-from sqlalchemy_jobs.columns import utc_datetime
 from sqlalchemy_jobs.dialects.claiming import CLAIMED, claim_of
 from sqlalchemy_jobs.dialects.limits import LimitStatements
 from sqlalchemy_jobs.dialects.postgresql_claims import (
     COLUMNS,
     ORDER,
+    array_of,
+    as_psycopg_takes,
     claiming,
     in_schema,
+    in_utc,
+    is_psycopg,
+    plain_cursor,
     schema_in,
 )
-from sqlalchemy_jobs.tables import TO_JOB, jobs
+from sqlalchemy_jobs.tables import TO_JOB, jobs, schema_of
 
 # A loose index scan, by key, queue and priority. LIMIT 1 keeps the planner from joining with all jobs, which it takes for
 # none when it has last seen an empty table; of what is running it would then read all, but for a condition that it
@@ -134,9 +133,6 @@ SELECT set_config('sajobs.locked', CAST(ARRAY(
 """
 _THAT_IS_LOCKED = """
     JOIN unnest(CAST(current_setting('sajobs.locked') AS varchar[])) AS locked (limit_key) USING (limit_key)"""
-_FIRST = "sajobs_first"
-"""The execution option with the statement that goes before."""
-_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 @cache
@@ -155,29 +151,16 @@ def _add_keys(schema: str | None) -> TextClause:
 
 @cache
 def _lock(schema: str | None) -> str:
-    """Return the statement as the driver takes it."""
-    dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
-    return str(text(in_schema(_LOCK, schema)).compile(dialect=dialect))
+    return as_psycopg_takes(text(in_schema(_LOCK, schema)))
 
 
 @cache
-def _claim_limited(schema: str | None, free_slots: bool, at_once: bool) -> TextualSelect:
+def _claim_limited(
+    schema: str | None, free_slots: bool, at_once: bool
+) -> tuple[TextualSelect, str]:
     statement = _CLAIM_LIMITED.replace("{that_is_locked}", _THAT_IS_LOCKED if at_once else "")
     statement = statement.replace("{began_at}", "clock_timestamp()" if at_once else ":began_at")
-    return (
-        claiming(statement, schema, free_slots)
-        .bindparams(
-            bindparam("keys", type_=ARRAY(String)),
-            bindparam("key_pools", type_=ARRAY(String)),
-            bindparam("key_queues", type_=ARRAY(String)),
-            bindparam("mosts", type_=ARRAY(Integer)),
-            bindparam("allowed", type_=ARRAY(Integer)),
-            bindparam("firsts", type_=ARRAY(Integer)),
-            bindparam("lasts", type_=ARRAY(Integer)),
-            *([] if at_once else [bindparam("began_at", type_=utc_datetime())]),
-        )
-        .columns(*COLUMNS, column("limit_key"))
-    )
+    return claiming(statement, schema, free_slots, *COLUMNS, column("limit_key"))
 
 
 class PostgreSQLLimits(LimitStatements):
@@ -205,29 +188,36 @@ class PostgreSQLLimits(LimitStatements):
         others = [each for each in keys if not each.numbers.ordered]
         if not others or total <= 0:
             return claims
-        statement = _claim_limited(schema_in(session), wanted.free_slots, False)
+        statement, _ = _claim_limited(schema_in(session), wanted.free_slots, False)
         values = _values(replace(wanted, total=total), rooms, others) | {"began_at": began_at}
-        return claims | _claimed(session, wanted, statement, values)
+        rows = session.execute(statement, values, bind_arguments=TO_JOB).all()
+        return claims | _by_key(wanted, rows)
 
     def claim_and_commit(
         self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey]
     ) -> dict[str, list[Claim]] | None:
         connection = session.connection(bind_arguments=TO_JOB)
-        if not _has_pipeline(connection.dialect):
+        if not (is_psycopg(connection) and _has_pipeline()):
             return None
-        if not event.contains(connection.engine, "do_execute", _in_one_round_trip):
-            event.listen(connection.engine, "do_execute", _in_one_round_trip)
-        schema = schema_in(session)
-        lock = _lock(schema), {"keys": [each.key for each in keys]}
-        statement = _claim_limited(schema, wanted.free_slots, True)
+        schema = schema_of(connection)
+        _, plain = _claim_limited(schema, wanted.free_slots, True)
         values = _values(wanted, wanted.rooms(), keys)
-        return _claimed(session, wanted, statement, values, {_FIRST: lock})
+        cursor = plain_cursor(connection)
+        try:
+            # Of what fails in a pipeline, nothing behind it is done.
+            with cursor.connection.pipeline():
+                # Not prepared: a plan that was made for few keys would be kept when there are many.
+                cursor.connection.execute(_lock(schema), {"keys": values["keys"]}, prepare=False)
+                cursor.execute(plain, values)
+                cursor.connection.commit()
+            rows = in_utc(cursor.fetchall())
+        except BaseException as error:
+            connection._handle_dbapi_exception(error, plain, values, None, None)
+        return _by_key(wanted, rows)
 
 
-def _has_pipeline(dialect: Dialect) -> bool:
-    """Tell whether several statements can be sent at once: by psycopg 3, and with a libpq that is not too old."""
-    if dialect.driver != "psycopg" or dialect.is_async:
-        return False
+def _has_pipeline() -> bool:
+    """Tell whether several statements can be sent at once, by a libpq that is not too old."""
     from psycopg import capabilities
 
     return capabilities.has_pipeline()
@@ -235,49 +225,28 @@ def _has_pipeline(dialect: Dialect) -> bool:
 
 def _values(wanted: Wanted, rooms: Mapping[str, int], keys: Sequence[LimitedKey]) -> dict[str, Any]:
     lasts = list(accumulate(len(each.priorities) for each in keys))
+    firsts = (last + 1 - len(each.priorities) for each, last in zip(keys, lasts, strict=True))
     return {
-        "pools": list(rooms),
-        "rooms": list(rooms.values()),
-        "keys": [each.key for each in keys],
-        "key_pools": [wanted.pool(each.queue) for each in keys],
-        "key_queues": [each.queue for each in keys],
-        "mosts": [each.most for each in keys],
-        "allowed": [each.numbers.concurrency for each in keys],
-        "firsts": [last + 1 - len(each.priorities) for each, last in zip(keys, lasts, strict=True)],
-        "lasts": lasts,
-        "lane_priorities": [n for each in keys for n in each.priorities],
-        "kinds": list(wanted.kinds),
-        "never_alone": list(wanted.never_alone),
+        "pools": array_of(rooms),
+        "rooms": array_of(rooms.values()),
+        "keys": array_of(each.key for each in keys),
+        "key_pools": array_of(wanted.pool(each.queue) for each in keys),
+        "key_queues": array_of(each.queue for each in keys),
+        "mosts": array_of(each.most for each in keys),
+        "allowed": array_of(each.numbers.concurrency for each in keys),
+        "firsts": array_of(firsts),
+        "lasts": array_of(lasts),
+        "lane_priorities": array_of(n for each in keys for n in each.priorities),
+        "kinds": array_of(wanted.kinds),
+        "never_alone": array_of(wanted.never_alone),
         "worker_id": wanted.worker_id,
         "total": wanted.total,
         "suspects": wanted.suspects,
     }
 
 
-def _claimed(
-    session: Session,
-    wanted: Wanted,
-    statement: TextualSelect,
-    values: dict[str, Any],
-    options: Mapping[str, Any] = _NO_OPTIONS,
-) -> dict[str, list[Claim]]:
-    rows = session.execute(
-        statement, values, execution_options=options, bind_arguments=TO_JOB
-    ).all()
+def _by_key(wanted: Wanted, rows: Sequence[Any]) -> dict[str, list[Claim]]:
     claims: dict[str, list[Claim]] = {}
     for row in sorted(rows, key=ORDER):
         claims.setdefault(row[-1], []).append(claim_of(row, row[1], wanted.worker_id))
     return claims
-
-
-def _in_one_round_trip(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
-    """Execute a claim behind what it must begin with, and commit: of what fails, nothing behind it is done."""
-    first = context.execution_options.get(_FIRST)
-    if first is None:
-        return False
-    with cursor.connection.pipeline():
-        # Not prepared: a plan that was made for few keys would be kept when there are many.
-        cursor.connection.execute(*first, prepare=False)
-        cursor.execute(statement, parameters)
-        cursor.connection.commit()
-    return True
