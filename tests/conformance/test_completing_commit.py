@@ -211,7 +211,6 @@ class Ended:
         use: Callable[[Session, int], None] = lambda session, number: None,
         *,
         url: URL | None = None,
-        discards: bool = False,
     ) -> None:
         options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0}
         calls: list[int] = []
@@ -240,16 +239,6 @@ class Ended:
             @app.handler(Act)
             def handler(session: Session, payload: Act) -> None:
                 work(session, payload.n)
-
-        if discards:
-
-            @event.listens_for(getattr(engine, "sync_engine", engine), "checkin")
-            def discard(connection: Any, record: Any) -> None:
-                connection.autocommit = True
-                cursor = connection.cursor()
-                cursor.execute("DISCARD ALL")
-                cursor.close()
-                connection.autocommit = False
 
         with database.sessions().begin() as session:
             session.add_all(enqueue(Act(n), max_attempts=2) for n in range(6))
@@ -286,18 +275,17 @@ def test_a_handler_that_fails_costs_the_prepared_statement_and_no_run(
     assert len(Ended(postgresql, is_async, fail).plans) == 6
 
 
-@pytest.mark.parametrize("forget", ["DISCARD ALL", "DEALLOCATE ALL"])
 def test_no_run_fails_for_a_statement_that_its_session_has_forgotten(
-    postgresql: Database, is_async: bool, forget: str, caplog: pytest.LogCaptureFixture
+    postgresql: Database, is_async: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where psycopg does not notice, one handler is called again at once, and then nothing is prepared any more."""
 
-    def use(session: Session, call: int) -> None:
-        driver: Any = session.connection().connection.driver_connection
-        if forget == "DEALLOCATE ALL" and call > 3:
-            driver.pgconn.exec_(forget.encode())
+    def forget(session: Session, call: int) -> None:
+        if call == 4:
+            driver: Any = session.connection().connection.driver_connection
+            driver.pgconn.exec_(b"DEALLOCATE ALL")
 
-    ended = Ended(postgresql, is_async, use, discards=forget == "DISCARD ALL")
+    ended = Ended(postgresql, is_async, forget)
     assert len(ended.plans) == 7 and ended.plans[-3:] == [0, 0, 0]
     assert not [each for each in caplog.records if each.levelname in ("WARNING", "ERROR")]
 
