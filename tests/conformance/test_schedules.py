@@ -1042,13 +1042,11 @@ def test_the_command_lists_what_was_broken_by_hand_and_says_why_it_cannot_be_run
 ) -> None:
     names = ("late", "odd", "taken", "zone")
     scene.add(*(Schedule(name, "@hourly", Note(name), unique_key=name) for name in names))
-    scene.set(
-        "late", next_tick=datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC), timezone="Asia/Tokyo"
-    )
+    scene.set("late", next_tick=datetime(9999, 12, 31, 17, tzinfo=UTC), timezone="Asia/Tokyo")
     scene.set("odd", payload={"text": 5})
     scene.set("zone", timezone="Mars")
-    status, listed, _ = command("--next", "2")
-    assert status == 0
+    status, listed, said = command("--next", "2")
+    assert status == 0, said
     assert [line.split()[0] for line in listed.splitlines()[1:] if line[0] != " "] == [*names]
     status, _, said = command("run", "odd")
     assert status == 1
