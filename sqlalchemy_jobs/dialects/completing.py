@@ -14,8 +14,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from sqlalchemy_jobs.claims import Claim
+from sqlalchemy_jobs.dialects.listening import table_of
 from sqlalchemy_jobs.states import JobState
-from sqlalchemy_jobs.tables import jobs
 
 _KEY = "sqlalchemy_jobs.completing"
 LEASE_LOST = "sajobs: another run owns the job"
@@ -36,17 +36,14 @@ SELECT CAST(CASE count(*) WHEN 1 THEN '1' ELSE '{LEASE_LOST}' END AS int) FROM c
 @cache
 def _of_schema(schema: str | None) -> tuple[str, str, str]:
     """Return the name of the prepared statement, what prepares it, and the same with places for the values."""
-    quoted = "" if schema is None else '"' + schema.replace('"', '""') + '".'
     name = "sajobs_complete"
     if schema is not None:
         name += "_" + hashlib.sha256(schema.encode()).hexdigest()[:32]
-    prepared = _COMPLETE.format(jobs=quoted + jobs.name, job_id="$1", attempt="$2", worker_id="$3")
+    table = table_of(schema)
+    prepared = _COMPLETE.format(jobs=table, job_id="$1", attempt="$2", worker_id="$3")
+    # A percent sign in the name of a schema is none of ours.
     plain = _COMPLETE.format(
-        # A brace or a percent sign in a name is none of ours.
-        jobs=quoted.replace("%", "%%") + jobs.name,
-        job_id="'%s'",
-        attempt="%s",
-        worker_id="'%s'",
+        jobs=table.replace("%", "%%"), job_id="'%s'", attempt="%s", worker_id="'%s'"
     )
     return name, f"PREPARE {name} (uuid, int, uuid) AS {prepared}", plain
 
