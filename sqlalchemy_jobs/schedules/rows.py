@@ -16,6 +16,7 @@ from sqlalchemy.orm import (
     object_session,
     validates,
 )
+from sqlalchemy.orm.attributes import flag_modified
 
 from sqlalchemy_jobs import bell, columns
 from sqlalchemy_jobs.codec import encode
@@ -271,6 +272,9 @@ def _restart(mapper: Mapper[Schedule], connection: Connection, schedule: Schedul
             changed.add("paused")
     if changed.intersection(_RESTARTS):
         schedule.next_tick = None
+        flag_modified(
+            schedule, "next_tick"
+        )  # it was NULL when it was read; a worker may have set it since
         schedule.updated_at = utcnow() + clock_offset(connection)
 
 

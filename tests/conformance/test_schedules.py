@@ -401,6 +401,18 @@ def test_a_new_rule_ticks_from_its_commit_on(scene: Scene) -> None:
     assert scene.fire() == 0
 
 
+def test_a_tick_that_was_worked_out_while_a_new_rule_was_written_is_not_kept(scene: Scene) -> None:
+    scene.add(Schedule("report", "@yearly", Note()))
+    read_before = scene.row("report")
+    assert read_before.next_tick is None
+    scene.fire()
+    assert scene.row("report").next_tick is not None
+    with scene.sessions.begin() as session:
+        session.add(read_before)
+        read_before.cron = "@monthly"
+    assert scene.row("report").next_tick is None
+
+
 def test_a_schedule_that_is_merged_is_added_or_changed_and_stays_paused(scene: Scene) -> None:
     def merge(cron: str, payload: Note, **options: Any) -> Schedule:
         with scene.sessions.begin() as session:
