@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from sqlalchemy import (
+    URL,
     ColumnElement,
     Connection,
     FromClause,
@@ -107,6 +108,11 @@ def use_schema(name: str) -> None:
         table.schema, table.fullname = name, f"{name}.{table.name}"
         # The way a Table enters its MetaData when it is made; there is no public one.
         metadata._add_table(table.name, name, table)
+
+
+def shown(url: URL) -> str:
+    """Return a database's URL for a message: without its passwords, those among the query's parameters too."""
+    return repr(url.difference_update_query([name for name in url.query if "pass" in name]))
 
 
 def schema_of(connection: Connection) -> str | None:

@@ -15,6 +15,7 @@ from sqlalchemy_jobs import migrations, sqlite
 from sqlalchemy_jobs.cli.config import Refused
 from sqlalchemy_jobs.cli.loading import load_app
 from sqlalchemy_jobs.errors import ConfigurationError, JobsError
+from sqlalchemy_jobs.tables import shown
 from sqlalchemy_jobs.worker import preflight
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def in_session(url: str | None, app_name: str | None, work: Callable[[Session], 
     except Exception as error:
         if is_of_database(error, engine):
             refused = error.orig if isinstance(error, DBAPIError) else error
-            raise click.ClickException(f"{engine.url!r}: {str(refused).strip()}") from error
+            raise click.ClickException(f"{shown(engine.url)}: {str(refused).strip()}") from error
         raise
 
 

@@ -16,7 +16,7 @@ from sqlalchemy_jobs.cli.config import CONTEXT, Configured, Refused
 from sqlalchemy_jobs.cli.databases import engine_of, is_of_database, of_database, run
 from sqlalchemy_jobs.errors import ConfigurationError
 from sqlalchemy_jobs.migrations.versions import VERSIONS, layout, tables_in
-from sqlalchemy_jobs.tables import schema_of
+from sqlalchemy_jobs.tables import schema_of, shown
 
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
@@ -84,7 +84,7 @@ def migrate(
 
 def _check(engine: Engine | AsyncEngine, schema: str | None, to: int) -> None:
     found = run(engine, lambda each: migrations.state(each, schema=schema))
-    click.echo(f"{engine.url!r}: {found}")
+    click.echo(f"{shown(engine.url)}: {found}")
     if (found.lowest, found.highest) != (to, to):
         click.echo(f"wanted: version {to}")
         raise SystemExit(1)
@@ -94,7 +94,7 @@ def _migrate(engine: Engine | AsyncEngine, schema: str | None, to: int, drop_row
     before = run(
         engine, lambda each: migrations.migrate(each, to=to, schema=schema, drop_rows=drop_rows)
     )
-    click.echo(f"{engine.url!r}: {before}")
+    click.echo(f"{shown(engine.url)}: {before}")
     if before.lowest == before.highest == to:
         click.echo("nothing to do")
         return
@@ -250,4 +250,4 @@ def _said(error: Exception, engine: Engine | AsyncEngine) -> str:
         if connected and engine.dialect.name in ("mysql", "mariadb")
         else "nothing was changed"
     )
-    return f"{engine.url!r}: {str(refused).strip()} ({undone})"
+    return f"{shown(engine.url)}: {str(refused).strip()} ({undone})"

@@ -44,7 +44,7 @@ from sqlalchemy_jobs.migrations.versions import (
     tables_in,
 )
 from sqlalchemy_jobs.models import metadata
-from sqlalchemy_jobs.tables import jobs, schema_of
+from sqlalchemy_jobs.tables import jobs, schema_of, shown
 
 __all__ = ["LATEST", "State", "check", "downgrade", "migrate", "state", "upgrade"]
 
@@ -137,7 +137,7 @@ def check(connection: Connection, /, *, schema: str | None = None) -> None:
     if _needed() <= there:
         return
     found = state_of(there)
-    where = repr(connection.engine.url) + ("" if schema is None else f", schema {schema}")
+    where = shown(connection.engine.url) + ("" if schema is None else f", schema {schema}")
     command = "`sajobs migrate" + ("`" if schema is None else f" --schema {schema}`")
     if found.highest == 0:
         raise TablesMissing(
@@ -267,7 +267,7 @@ def _schema(connection: Connection, schema: str | None) -> str | None:
         )
     if not inspect(connection).has_schema(schema):
         raise EngineError(
-            f'{connection.engine.url!r} has no schema "{schema}": create it (CREATE SCHEMA {schema}), or correct the name'
+            f'{shown(connection.engine.url)} has no schema "{schema}": create it (CREATE SCHEMA {schema}), or correct the name'
         )
     return schema
 

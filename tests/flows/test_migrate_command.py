@@ -387,6 +387,16 @@ def test_a_role_without_the_right_to_create_tables(
     assert MADE[-1] in migrate(url=row_locks_empty.url).output
 
 
+def test_no_password_is_printed_wherever_the_url_has_it(without_rights: URL) -> None:
+    password = str(without_rights.password)
+    as_parameter = without_rights.set(password=None).update_query_dict({"password": password})
+    for url in (without_rights, as_parameter):
+        for options in (["--check"], []):
+            said = migrate(*options, url=url)
+            assert str(url.database) in said.output
+            assert password not in said.output
+
+
 # --- `sajobs migration` ---------------------------------------------------------------------------
 
 BY_HAND = """
