@@ -181,14 +181,14 @@ class PostgreSQL(Dialect):
         values = {
             "pools": array_of(rooms),
             "rooms": array_of(rooms.values()),
-            "lane_pools": array_of(wanted.pool(queue) for queue, _ in lanes),
-            "lane_queues": array_of(queue for queue, _ in lanes),
-            "lane_priorities": array_of(priority for _, priority in lanes),
+            "lane_pools": array_of([wanted.pool(queue) for queue, _ in lanes]),
+            "lane_queues": array_of([queue for queue, _ in lanes]),
+            "lane_priorities": array_of([priority for _, priority in lanes]),
             "lane_shares": array_of(
-                wanted.shares.get(lane, wanted.room[lane[0]]) for lane in lanes
+                [wanted.shares.get(lane, wanted.room[lane[0]]) for lane in lanes]
             ),
-            "mark_run_ats": array_of(run_at for run_at, _ in marks),
-            "mark_ids": array_of(job_id for _, job_id in marks),
+            "mark_run_ats": array_of([run_at for run_at, _ in marks]),
+            "mark_ids": array_of([job_id for _, job_id in marks]),
             "kinds": array_of(wanted.kinds),
             "never_alone": array_of(wanted.never_alone),
             "worker_id": wanted.worker_id,

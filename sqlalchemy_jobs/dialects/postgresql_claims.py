@@ -161,13 +161,11 @@ def as_psycopg_takes(statement: TextClause) -> str:
 
 def array_of(values: Iterable[Any]) -> str:
     """Return an array as PostgreSQL writes it."""
-    texts = ("NULL" if each is None else _quoted_in_array(str(each)) for each in values)
-    return f"{{{','.join(texts)}}}"
-
-
-def _quoted_in_array(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    texts = [
+        "NULL" if each is None else '"' + str(each).replace("\\", r"\\").replace('"', r"\"") + '"'
+        for each in values
+    ]
+    return "{" + ",".join(texts) + "}"
 
 
 def in_schema(statement: str, schema: str | None) -> str:

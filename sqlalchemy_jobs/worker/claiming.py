@@ -342,7 +342,8 @@ class Claimer:
             marks=self._lanes.marks,
             ahead=bool(step.ahead),
         )
-        return replace(wanted, shares=self._shares(session, wanted))
+        shares = self._shares(session, wanted)
+        return replace(wanted, shares=shares) if shares else wanted
 
     def _claim_more(self, wanted: Wanted) -> list[Claim]:
         return self._reconciling.claim(partial(transitions.claim, wanted=wanted))

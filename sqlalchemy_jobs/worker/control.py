@@ -139,13 +139,16 @@ class Control:
             return work(session)
 
     def _in_kept_session(self, work: Callable[[Session], T]) -> T:
+        """Run ``work`` where each statement commits. The session is told of a commit only if that means anything to it."""
         try:
             session = self._sessions.pop()
         except IndexError:
             session = Session(cast(Engine, self._autocommitting).connect())
         try:
-            with session.begin():
-                result = work(session)
+            result = work(session)
+            # The bell waits for it, or rows would not be read again.
+            if session.info or session.identity_map:
+                session.commit()
         except BaseException:
             _close(session)
             raise

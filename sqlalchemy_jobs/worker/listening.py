@@ -49,11 +49,13 @@ class Listener:
         self._ear: Ear | None = None
         self._stopped = False
         self._nudged, self._nudges = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
 
     def step(self) -> float | None:
         try:
             if self._ear is None:
                 self._ear = self._control.on_kept_connection(self._begin)
+                self._watch(self._ear)
                 self._wakeup.hears(True)
             self._wait(self._ear)
         except Exception as error:
@@ -79,6 +81,7 @@ class Listener:
     def close(self) -> None:
         """End the session."""
         self._control.close()
+        self._selector.close()
         self._nudged.close()
         self._nudges.close()
 
@@ -88,12 +91,16 @@ class Listener:
             raise LookupError("a pooler is between, or the driver does not tell its session")
         return self._make_ear(connection, self._on_ring, self._nudge)
 
+    def _watch(self, ear: Ear) -> None:
+        """Wait for this one from now on. Not made anew for each wait: who is woken would have to wait for that."""
+        self._selector.close()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._nudged, selectors.EVENT_READ)
+        if (heard := ear.socket) is not None:
+            self._selector.register(heard, selectors.EVENT_READ)
+
     def _wait(self, ear: Ear) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._nudged, selectors.EVENT_READ)
-            if (heard := ear.socket) is not None:
-                selector.register(heard, selectors.EVENT_READ)
-            has_come = [key.fileobj for key, _ in selector.select(CHECK)]
+        has_come = [key.fileobj for key, _ in self._selector.select(CHECK)]
         if self._nudged in has_come:
             self._nudged.recv(1)
         if self._stopped:

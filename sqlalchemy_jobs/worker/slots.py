@@ -281,10 +281,11 @@ class Slots:
                 return 0, {}
             free = self.total - self.lost - len(self._running)
             rooms = {}
-            taken = self._by_pool.copy()
+            taken = dict.fromkeys(self._pools.concurrency, 0) | self._by_pool
             if beside_waiting:
                 free -= len(self._first)
-                taken.update(self._place(run.queue).pool for run in self._first)
+                for run in self._first:
+                    taken[self._place(run.queue).pool] += 1
             else:
                 free += sum(ahead.values()) - self._waiting_count
                 for queue, waiting in self._waiting.items():

@@ -15,8 +15,10 @@ from sqlalchemy import event, select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from sqlalchemy_jobs import Job, JobApp, Run, WorkerRow, enqueue, job, transitions
+from sqlalchemy_jobs import Job, JobApp, Run, WorkerRow, bell, enqueue, job, transitions
 from sqlalchemy_jobs.claims import Claim
+from sqlalchemy_jobs.models import Queue
+from sqlalchemy_jobs.tables import queues
 from sqlalchemy_jobs.worker import executors, slots
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.control import Control
@@ -406,6 +408,44 @@ def test_a_session_that_is_kept_takes_no_connection_from_a_transaction(
         assert carry_out(lambda session: session.scalar(select(1))) == 1
     assert len(connected) == 1
     control.close()
+
+
+class Sleeper:
+    woken = 0
+
+    def wake(self) -> None:
+        self.woken += 1
+
+
+def test_statements_in_a_kept_session_commit_wake_sleepers_and_read_rows_again(
+    postgresql: Database,
+) -> None:
+    control = Control(postgresql.engine(pool_size=2), Availability())
+    read: list[Queue] = []  # keeps the rows alive, and so in the session
+
+    def concurrency(session: Session) -> int | None:
+        read.append(session.get_one(Queue, "mail"))
+        return read[-1].concurrency
+
+    def change(session: Session) -> None:
+        session.execute(update(queues).values(concurrency=3))
+        bell.tell_own(session)
+
+    with Session(postgresql.engine()) as session, session.begin():
+        session.add(Queue(name="mail"))
+    sleeper = Sleeper()
+    bell.sleepers.add(sleeper)
+    try:
+        control.statements(change)
+        assert sleeper.woken == 1
+        assert control.statements(concurrency) == 3
+        with Session(postgresql.engine()) as session, session.begin():
+            session.execute(update(queues).values(concurrency=4))
+        assert control.statements(concurrency) == 4
+        assert sleeper.woken == 1
+    finally:
+        bell.sleepers.discard(sleeper)
+        control.close()
 
 
 def test_an_outage_is_told_once_whatever_late_answers_come_in(
