@@ -139,8 +139,9 @@ class EventLoop:
         await session.close()
 
     def _begin(self, run: Run, handler: Handler) -> None:
-        # A task for each run: it sees nothing that another one has left in its context.
-        self._loop.create_task(self._work(run, handler), context=Context())
+        # A task for each run: it sees nothing that another one has left in its context. Not one of the loop's
+        # task factory: an eager one would begin each run within the one before.
+        asyncio.Task(self._work(run, handler), loop=self._loop, context=Context())
 
     async def _work(self, run: Run, handler: Handler) -> None:
         task = asyncio.current_task()

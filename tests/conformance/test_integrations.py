@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -672,6 +673,35 @@ def test_a_failing_async_handler_embedded(database: Database) -> None:
     asyncio.run(main())
     assert states(database) == [JobState.FAILED]
     assert notes(database) == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+def test_an_eager_task_factory_does_not_begin_each_run_within_the_one_before(
+    sqlite: Database,
+) -> None:
+    count = 300  # more than there is room for on the stack
+    depths: list[int] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        engine = async_engine(sqlite, DRIVERS[sqlite.name][0])
+        app = JobApp(async_sessionmaker(engine))
+        ended = asyncio.Event()
+
+        @app.handler(Async)
+        async def handle(session: AsyncSession, payload: Async) -> None:
+            depths.append(len(traceback.extract_stack()))
+            if len(depths) == count:
+                ended.set()
+
+        await asyncio.to_thread(add, sqlite, *[Async()] * count)
+        async with app.worker(**EMBEDDED):
+            await asyncio.wait_for(ended.wait(), WAIT)
+        await engine.dispose()
+
+    asyncio.run(main())
+    succeeded(sqlite, count)
+    assert max(depths) < 2 * min(depths)
 
 
 def test_sync_with_is_refused_with_async_handlers_under_a_running_loop(sqlite: Database) -> None:
