@@ -1,21 +1,24 @@
 """Async handlers as tasks of an event loop. Imported only for an app that has some: it needs greenlet.
 
 A run is supervised by the same plain function as on a thread. It runs in a greenlet, as SQLAlchemy's own
-asyncio extension does it, so that the session's calls and the handler's coroutine can be awaited from it.
+asyncio extension does it, so that the session's calls and the handler's coroutine can be awaited from it. The
+next run may have the same greenlet; its task and the context of that are its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import Context
+from functools import partial
 from typing import Any, TypeVar, cast
 
+from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
-from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util import await_only
 
 from sqlalchemy_jobs.app import AsyncSessions, Handler
 from sqlalchemy_jobs.errors import RunInterrupted
@@ -28,12 +31,47 @@ from sqlalchemy_jobs.worker.loops import LoopThread
 
 T = TypeVar("T")
 
+_RETURNED = object()
+
+
+class Greenlet(greenlet):  # type: ignore[misc]  # it comes without types
+    """Calls one function after another, as ``greenlet_spawn`` calls one.
+
+    For each a new one Python would map memory, for its stack, and unmap it again: half of what a run costs.
+    """
+
+    __sqlalchemy_greenlet_provider__ = True  # await_only asks for it
+
+    def __init__(self) -> None:
+        super().__init__(_call_what_comes)
+
+    async def call(self, function: Callable[[], object]) -> None:
+        """Call a function and await what it gives to ``await_only``."""
+        self.parent = driver = getcurrent()
+        self.gr_context = driver.gr_context
+        awaitable = self.switch(function)
+        while awaitable is not _RETURNED:
+            try:
+                value = await awaitable
+            except BaseException as error:
+                awaitable = self.throw(error)
+            else:
+                awaitable = self.switch(value)
+
+
+def _call_what_comes(function: Callable[[], object]) -> None:
+    # The greenlet itself is not named here: by its own stack it would be referred to for ever.
+    while True:
+        function()
+        function = cast(greenlet, getcurrent().parent).switch(_RETURNED)
+
 
 class Async:
     """In a greenlet on the event loop."""
 
-    def __init__(self, sessions: AsyncSessions) -> None:
+    def __init__(self, sessions: AsyncSessions, tasks: Mapping[Run, asyncio.Task[None]]) -> None:
         self._sessions = sessions
+        self._tasks = tasks
         self._reserve = Reserve(AsyncSession)
         self._closing: set[asyncio.Future[None]] = set()  # the loop itself refers to them weakly
 
@@ -57,7 +95,7 @@ class Async:
         return lambda payload: await_only(handler.function(argument, payload))
 
     def handling(self, run: Run, control: Control) -> Handling:
-        return TaskHandling(run)
+        return TaskHandling(run, self._tasks[run])
 
     def block(self, function: Callable[[], T]) -> T:
         return await_only(asyncio.to_thread(function))
@@ -66,19 +104,18 @@ class Async:
 class TaskHandling(Handling):
     """As a task: it is cancelled, at what it awaits."""
 
-    __slots__ = ("_loop", "_task")
+    __slots__ = ("_task",)
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, task: asyncio.Task[None]) -> None:
         super().__init__(run)
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
+        self._task = task
 
     def _reach(self) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._cancel)
+            self._task.get_loop().call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        if self._inside and self._task is not None:
+        if self._inside:
             self._task.cancel()
 
     def _withdraw(self) -> None:
@@ -102,8 +139,8 @@ class EventLoop:
         next_work: Callable[[], Work | None],
     ) -> None:
         self._supervisor = supervisor
-        self._colour = Async(sessions)
         self._cancellable: dict[Run, asyncio.Task[None]] = {}
+        self._colour = Async(sessions, self._cancellable)
         self._sessions = sessions
         self._next_work = next_work
         self._own = LoopThread("loop") if loop is None else None
@@ -138,24 +175,27 @@ class EventLoop:
                 await bind.dispose()
         await session.close()
 
-    def _begin(self, run: Run, handler: Handler) -> None:
+    def _begin(self, run: Run, handler: Handler, last: Greenlet | None = None) -> None:
         # A task for each run: it sees nothing that another one has left in its context. Not one of the loop's
         # task factory: an eager one would begin each run within the one before.
-        asyncio.Task(self._work(run, handler), loop=self._loop, context=Context())
+        work = self._work(run, handler, last or Greenlet())  # one that has died is false
+        asyncio.Task(work, loop=self._loop, context=Context())
 
-    async def _work(self, run: Run, handler: Handler) -> None:
-        task = asyncio.current_task()
+    async def _work(self, run: Run, handler: Handler, in_greenlet: Greenlet) -> None:
+        task = asyncio.current_task(self._loop)
         assert task is not None
         self._cancellable[run] = task  # the loop itself refers to it weakly
         try:
             if run.should_stop:
                 self._supervisor.give_back(run)
             else:
-                await greenlet_spawn(self._supervisor.supervise, run, handler, self._colour)
+                await in_greenlet.call(
+                    partial(self._supervisor.supervise, run, handler, self._colour)
+                )
         finally:
             del self._cancellable[run]
             if (work := self._next_work()) is not None:
-                self._begin(*work)
+                self._begin(*work, in_greenlet)
 
     def _cancel(self, run: Run) -> None:
         # A task that is cancelled before its first step would never hand its run on: such a run was asked to

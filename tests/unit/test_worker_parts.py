@@ -1,19 +1,24 @@
 """The parts of a worker, one by one: slots, loops, the lease, maintenance, handler threads."""
 
+import asyncio
 import logging
 import socket
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
+from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from greenlet import getcurrent
 from sqlalchemy import event, select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.util import await_only
 
 from sqlalchemy_jobs import Job, JobApp, Run, WorkerRow, bell, enqueue, job, transitions
 from sqlalchemy_jobs.claims import Claim
@@ -22,6 +27,7 @@ from sqlalchemy_jobs.tables import queues
 from sqlalchemy_jobs.worker import executors, slots
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.control import Control
+from sqlalchemy_jobs.worker.event_loop import Greenlet
 from sqlalchemy_jobs.worker.executors import Opened, Supervisor, Threads, Work
 from sqlalchemy_jobs.worker.leases import Lease, register, unregister
 from sqlalchemy_jobs.worker.loops import Loop
@@ -48,6 +54,54 @@ def started(held: Slots, run: Run) -> bool:
 
 def never() -> None:
     raise AssertionError("not expected to be called")
+
+
+# --- greenlets ------------------------------------------------------------------------------------
+
+
+def test_a_greenlet_serves_one_task_after_another_in_the_context_of_each() -> None:
+    note: ContextVar[str] = ContextVar("note")
+    seen: list[tuple[str, str, int]] = []
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    def work() -> None:
+        first = note.get()
+        assert await_only(asyncio.sleep(0, "slept")) == "slept"
+        with pytest.raises(ZeroDivisionError):
+            await_only(fail())
+        with pytest.raises(TypeError, match="await"):
+            await_only(None)  # type: ignore[arg-type]
+        seen.append((first, note.get(), id(getcurrent())))
+
+    async def task(name: str, in_greenlet: Greenlet) -> None:
+        note.set(name)
+        await in_greenlet.call(work)
+
+    async def main() -> None:
+        shared = Greenlet()
+        for name in "ab":
+            await asyncio.Task(task(name, shared), context=Context())
+        assert seen == [(name, name, id(shared)) for name in "ab"]
+        freed = weakref.ref(shared)
+        del shared
+        await asyncio.sleep(0)
+        assert freed() is None
+
+    asyncio.run(main())
+
+
+def test_a_greenlet_whose_function_raised_serves_nobody_any_more() -> None:
+    async def main() -> Greenlet:
+        shared = Greenlet()
+        await shared.call(list)
+        assert shared
+        with pytest.raises(AssertionError, match="not expected"):
+            await shared.call(never)
+        return shared
+
+    assert not asyncio.run(main())
 
 
 # --- slots ----------------------------------------------------------------------------------------
