@@ -6,10 +6,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, make_url, select
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from sqlalchemy_jobs import dialects, sqlite
 from sqlalchemy_jobs.tables import TO_JOB
@@ -18,7 +20,7 @@ from sqlalchemy_jobs.worker.connections import limit_of
 from sqlalchemy_jobs.worker.loops import LoopThread
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 T = TypeVar("T")
 
@@ -31,8 +33,8 @@ class Control:
     """Runs functions of a session, each in a transaction of its own at READ COMMITTED.
 
     It has a pool of its own, made like the application's: claims and renewals never wait for a
-    connection that a handler holds, and never run on the handlers' event loop. An async engine is driven by
-    a loop in a thread of this object.
+    connection that a handler holds, and never run on the handlers' event loop. With an async engine all this
+    is done in greenlets, on a loop in a thread of this object.
     """
 
     def __init__(
@@ -42,17 +44,11 @@ class Control:
         self.durable = durable
         """Whether claims must survive a loss of power."""
         self.dialect = dialects.named(engine.dialect.name)
-        self._engine: Engine | AsyncEngine
-        self._loop: LoopThread | None = None
-        self._kept: Connection | AsyncConnection | None = None
+        self._kept: Connection | None = None
         self._closed = False
-        if isinstance(engine, Engine):
-            self._engine = _own(engine, durable)
-        else:
-            self._engine = _own_async(engine, durable)
-            self._loop = LoopThread("control")
+        self._engine = _own(engine, durable)
+        self._loop = None if isinstance(engine, Engine) else LoopThread("control")
         self._autocommitting = self._engine.execution_options(**_AUTOCOMMIT)
-        self._keeps_sessions = isinstance(engine, Engine) and isinstance(engine.pool, QueuePool)
         self._sessions: deque[Session] = deque()
         """For ``statements``, each with a connection in autocommit: to make them costs as much as a statement."""
         self._level_of_a_statement: str | None = None
@@ -76,13 +72,13 @@ class Control:
             return self.transaction(work)
         return self._retried(work, self._autocommitting)
 
-    def _retried(self, work: Callable[[Session], T], engine: Engine | AsyncEngine) -> T:
+    def _retried(self, work: Callable[[Session], T], engine: Engine) -> T:
         if self._closed:
             raise RuntimeError("the worker has ended")
         for last in (False,) * (TRIES - 1) + (True,):
             asked_at = time.monotonic()
             try:
-                result = self._once(work, engine)
+                result = self._call(partial(self._once, work, engine))
             except Exception as error:
                 conflict = self.dialect.is_conflict(error)
                 if conflict and not last:
@@ -98,52 +94,60 @@ class Control:
         """Run ``work`` in autocommit on a connection that stays open, and no one else's, until it fails."""
         if self._closed:
             raise RuntimeError("the worker has ended")
-        if self._loop is not None:
-            return self._loop.call(self._on_kept_async(work))
-        try:
-            if self._kept is None:
-                self._kept = cast(Engine, self._autocommitting).connect()
-            return work(cast(Connection, self._kept))
-        except BaseException:
-            self.drop_kept_connection()
-            raise
+        return self._call(partial(self._on_kept, work))
 
     def drop_kept_connection(self) -> None:
         """Close it for good, so that the server ends its session."""
-        if self._loop is not None:
-            self._loop.call(self._drop_kept_async())
-        elif (kept := cast("Connection | None", self._kept)) is not None:
-            self._kept = None
-            with suppress(Exception):  # broken
-                kept.invalidate()
-                kept.close()
+        self._call(self._drop_kept)
 
     def close(self) -> None:
         """Close the connections; a run that ends later opens none."""
         self._closed = True
         if self._loop is None:
-            self.drop_kept_connection()
-            self._close_sessions()
-            cast(Engine, self._engine).dispose()
+            self._close()
         else:
-            self._loop.close(self._close_async(cast("AsyncEngine", self._engine)))
+            self._loop.close(greenlet_spawn(self._close))
 
-    def _once(self, work: Callable[[Session], T], engine: Engine | AsyncEngine) -> T:
-        if self._loop is not None:
-            return self._loop.call(self._once_async(cast("AsyncEngine", engine), work))
-        if engine is self._autocommitting and self._keeps_sessions:
-            return self._in_kept_session(work)
-        if self._sessions and cast(QueuePool, self._engine.pool).checkedin() == 0:
-            self._close_sessions()  # rather than open one connection more, or wait for one
-        with Session(cast(Engine, engine)) as session, session.begin():
+    def _call(self, function: Callable[[], T]) -> T:
+        return function() if self._loop is None else self._loop.call(greenlet_spawn(function))
+
+    def _on_kept(self, work: Callable[[Connection], T]) -> T:
+        try:
+            if self._kept is None:
+                self._kept = self._autocommitting.connect()
+            return work(self._kept)
+        except BaseException:
+            self._drop_kept()
+            raise
+
+    def _drop_kept(self) -> None:
+        if (kept := self._kept) is not None:
+            self._kept = None
+            with suppress(Exception):  # broken
+                kept.invalidate()
+                kept.close()
+
+    def _close(self) -> None:
+        self._drop_kept()
+        self._close_sessions()
+        self._engine.dispose()
+
+    def _once(self, work: Callable[[Session], T], engine: Engine) -> T:
+        pool = self._engine.pool
+        if isinstance(pool, QueuePool):
+            if engine is self._autocommitting:
+                return self._in_kept_session(work, pool)
+            if self._sessions and pool.checkedin() == 0:
+                self._close_sessions()  # rather than open one connection more, or wait for one
+        with Session(engine) as session, session.begin():
             return work(session)
 
-    def _in_kept_session(self, work: Callable[[Session], T]) -> T:
+    def _in_kept_session(self, work: Callable[[Session], T], pool: QueuePool) -> T:
         """Run ``work`` where each statement commits. The session is told of a commit only if that means anything to it."""
         try:
             session = self._sessions.pop()
         except IndexError:
-            session = Session(cast(Engine, self._autocommitting).connect())
+            session = Session(self._autocommitting.connect())
         try:
             result = work(session)
             # The bell waits for it, or rows would not be read again.
@@ -152,7 +156,6 @@ class Control:
         except BaseException:
             _close(session)
             raise
-        pool = cast(QueuePool, self._engine.pool)
         if pool.checkedout() >= limit_of(pool):  # somebody may be waiting for it
             _close(session)
             return result
@@ -165,33 +168,6 @@ class Control:
         while self._sessions:
             with suppress(IndexError):  # another thread was quicker
                 _close(self._sessions.pop())
-
-    @staticmethod
-    async def _once_async(engine: AsyncEngine, work: Callable[[Session], T]) -> T:
-        from sqlalchemy.ext.asyncio import AsyncSession
-
-        async with AsyncSession(engine) as session, session.begin():
-            return await session.run_sync(work)
-
-    async def _on_kept_async(self, work: Callable[[Connection], T]) -> T:
-        try:
-            if self._kept is None:
-                self._kept = await cast("AsyncEngine", self._autocommitting).connect()
-            return await cast("AsyncConnection", self._kept).run_sync(work)
-        except BaseException:
-            await self._drop_kept_async()
-            raise
-
-    async def _drop_kept_async(self) -> None:
-        if (kept := cast("AsyncConnection | None", self._kept)) is not None:
-            self._kept = None
-            with suppress(Exception):  # broken
-                await kept.invalidate()
-                await kept.close()
-
-    async def _close_async(self, engine: AsyncEngine) -> None:
-        await self._drop_kept_async()
-        await engine.dispose()
 
 
 def _close(session: Session) -> None:
@@ -214,35 +190,24 @@ def direct(engine: Engine | AsyncEngine, url: str | URL | None) -> Engine | Asyn
     return create_engine(url, **_options(engine))
 
 
-def _own(engine: Engine, durable: bool) -> Engine:
+def _own(engine: Engine | AsyncEngine, durable: bool) -> Engine:
     """Make an engine with the creator and the pool events of another, and connections of its own."""
-    own = create_engine(engine.url, pool=engine.pool.recreate(), **_options(engine))
+    pool, options = engine.pool.recreate(), _options(engine)
+    if isinstance(engine, Engine):
+        own = create_engine(engine.url, pool=pool, **options)
+    else:
+        from sqlalchemy.ext.asyncio import create_async_engine
+
+        own = create_async_engine(engine.url, pool=pool, **options).sync_engine
     _set_up(own)
-    if not durable:
-        _do_not_flush(own)
-    return own
-
-
-def _own_async(engine: AsyncEngine, durable: bool) -> AsyncEngine:
-    from sqlalchemy.ext.asyncio import create_async_engine
-
-    own = create_async_engine(
-        engine.url, pool=engine.sync_engine.pool.recreate(), **_options(engine)
-    )
-    _set_up(own.sync_engine)
-    if not durable:
-        _do_not_flush(own.sync_engine)
+    if own.dialect.name == "sqlite" and not durable:
+        event.listen(own, "connect", _commit_without_flush)
     return own
 
 
 def _set_up(engine: Engine) -> None:
     if engine.dialect.name == "sqlite":
         sqlite.configure(engine)
-
-
-def _do_not_flush(engine: Engine) -> None:
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _commit_without_flush)
 
 
 def _commit_without_flush(connection: Any, record: Any) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from greenlet import getcurrent
-from sqlalchemy import event, select, text, update
+from sqlalchemy import Engine, event, select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import await_only
 
@@ -450,17 +451,37 @@ def test_a_database_that_does_not_answer_is_away(mysql: Database, postgresql: Da
         assert is_lost(caught.value)
 
 
+@pytest.mark.parametrize("driver", ["postgresql+psycopg", "async psycopg", "postgresql+asyncpg"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_session_that_is_kept_takes_no_connection_from_a_transaction(
-    postgresql: Database, size: int
+    postgresql: Database, size: int, driver: str
 ) -> None:
-    engine = postgresql.engine(pool_size=size, max_overflow=0, pool_timeout=1)
+    options: Any = {"pool_size": size, "max_overflow": 0, "pool_timeout": 1}
+    engine: Engine | AsyncEngine
+    if driver == "postgresql+psycopg":
+        engine = postgresql.engine(**options)
+    elif driver == "async psycopg":
+        engine = postgresql.async_engine(**options)
+    else:
+        engine = postgresql.async_engine(postgresql.url.set(drivername=driver), **options)
     connected: list[Any] = []
     event.listen(engine.pool, "connect", lambda connection, record: connected.append(connection))
     control = Control(engine, Availability())
+    used: set[Session] = set()
+
+    def one(session: Session) -> int | None:
+        used.add(session)
+        return session.scalar(select(1))
+
     for carry_out in (control.statements, control.transaction) * 2:
-        assert carry_out(lambda session: session.scalar(select(1))) == 1
+        assert carry_out(one) == 1
     assert len(connected) == 1
+    used.clear()
+    for _ in range(3):
+        assert control.statements(one) == 1
+    assert len(used) == (3 if size == 1 else 1), (
+        "it keeps a session, unless others want its connection"
+    )
     control.close()
 
 
