@@ -46,6 +46,7 @@ from sqlalchemy_jobs.dialects.postgresql_claims import (
     array_of,
     claim_of_lanes,
     in_schema,
+    is_psycopg,
     schema_in,
 )
 from sqlalchemy_jobs.dialects.postgresql_limits import PostgreSQLLimits
@@ -249,7 +250,7 @@ class PostgreSQL(Dialect):
     def completing_commit(self, connection: Connection, claim: Claim) -> Callable[[], None] | None:
         # psycopg 3 sees that the transaction has ended and sends no second COMMIT; other drivers would, or refuse
         # two statements.
-        if connection.dialect.driver not in ("psycopg", "psycopg_async"):
+        if not is_psycopg(connection):
             return None
         return partial(Completing.of(connection).commit, schema_of(connection), claim)
 

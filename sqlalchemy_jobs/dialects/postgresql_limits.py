@@ -197,7 +197,7 @@ class PostgreSQLLimits(LimitStatements):
         self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey]
     ) -> dict[str, list[Claim]] | None:
         connection = session.connection(bind_arguments=TO_JOB)
-        if not (is_psycopg(connection) and _has_pipeline()):
+        if connection.dialect.is_async or not (is_psycopg(connection) and _has_pipeline()):
             return None
         schema = schema_of(connection)
         _, plain = _claim_limited(schema, wanted.free_slots, True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,28 @@ import flask
 import flask_sqlalchemy
 import pytest
 import sqlmodel
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 import sqlalchemy_jobs
-from sqlalchemy_jobs import Fail, Job, JobApp, JobState, Run, Worker, current_run, enqueue, job
+from sqlalchemy_jobs import (
+    Fail,
+    Job,
+    JobApp,
+    JobState,
+    Run,
+    Worker,
+    current_run,
+    enqueue,
+    job,
+    transitions,
+)
+from sqlalchemy_jobs.claims import Wanted
 from sqlalchemy_jobs.errors import ConfigurationError
+from sqlalchemy_jobs.worker.availability import Availability
+from sqlalchemy_jobs.worker.control import Control
+from sqlalchemy_jobs.worker.leases import register
 from tests.databases import NAMES, Database
 from tests.domain import Effect
 
@@ -615,6 +630,31 @@ def test_async_handlers_run_on_the_running_loop_and_share_its_engine(
     assert loops == {own}
     assert queries >= count
     succeeded(database, count)
+
+
+@on_every_async_driver
+def test_what_the_workers_own_connections_claim_is_the_same_by_every_driver(
+    database: Database, driver: str
+) -> None:
+    tick = datetime(2026, 3, 29, 1, 30, tzinfo=UTC)
+    with database.session.begin() as session:
+        worker = register(session, timedelta(minutes=5))
+        made = enqueue(Async("\u20ac %s"), headers={"a": "\xe4"}, max_attempts=7)
+        made.scheduled_at = tick
+        session.add(made)
+    wanted = Wanted(worker, ["async"], [("default", 0)], {"default": 1}, 1)
+    unclaimed = update(Job).values(state=JobState.READY, attempt=0, worker_id=None)
+    claims = []
+    for engine in (database.engine(), async_engine(database, driver)):
+        control = Control(engine, Availability())
+        claims += control.statements(lambda session: transitions.claim(session, wanted))
+        control.close()
+        with database.session.begin() as session:
+            session.execute(unclaimed)
+    assert len(claims) == 2
+    assert claims[0] == claims[1]
+    assert claims[1].scheduled_at == tick
+    assert claims[1].headers == {"a": "\xe4"}
 
 
 @on_every_async_driver
