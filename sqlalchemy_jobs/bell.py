@@ -11,11 +11,10 @@ from typing import Protocol
 from weakref import WeakSet
 
 from sqlalchemy import Connection, event, func, select
-from sqlalchemy.orm import Mapper, Session, SessionTransaction, object_session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from sqlalchemy_jobs import dialects
 from sqlalchemy_jobs.inserts import SCHEDULES, SILENT
-from sqlalchemy_jobs.models import Job
 
 
 class Sleeper(Protocol):
@@ -54,12 +53,6 @@ def tell_own(session: Session) -> None:
 
 
 # --- the listeners, on the Session class: jobs are added in whatever session there is ----------------
-
-
-@event.listens_for(Job, "before_insert")
-def _note(mapper: Mapper[Job], connection: Connection, job: Job) -> None:
-    if sleepers and (session := object_session(job)) is not None:
-        session.info[_ADDED] = True
 
 
 @event.listens_for(Session, "after_commit")

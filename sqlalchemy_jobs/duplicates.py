@@ -10,8 +10,8 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
-from sqlalchemy import Connection, CursorResult, bindparam, event, select, update
-from sqlalchemy.orm import Mapper, Session, UOWTransaction, make_transient, object_session
+from sqlalchemy import CursorResult, bindparam, event, select, update
+from sqlalchemy.orm import InstanceState, Session, UOWTransaction, make_transient
 from sqlalchemy.orm.util import identity_key
 
 from sqlalchemy_jobs import dialects
@@ -150,12 +150,9 @@ def _replace(session: Session, holder: uuid.UUID, row: Mapping[str, Any]) -> boo
 _FLUSHED = "sqlalchemy_jobs.flushed"
 
 
-@event.listens_for(Job, "before_insert")
-def _note(mapper: Mapper[Job], connection: Connection, job: Job) -> None:
-    if job.unique_slot is not None:
-        session = object_session(job)
-        assert session is not None
-        session.info.setdefault(_FLUSHED, []).append(job)
+def note(session: Session, state: InstanceState[Job]) -> None:
+    """Have the flush that inserts this job, which has a unique slot, look whether it was left out."""
+    session.info.setdefault(_FLUSHED, []).append(state.obj())
 
 
 @event.listens_for(Session, "after_flush")
