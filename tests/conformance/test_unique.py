@@ -625,6 +625,7 @@ def test_an_async_session(database: Database) -> None:
 def test_a_schema_translate_map(postgresql: Database) -> None:
     engine = postgresql.engine().execution_options(schema_translate_map={None: "tenant"})
     with postgresql.engine().begin() as connection:
+        connection.execute(text("DROP SCHEMA IF EXISTS tenant CASCADE"))
         connection.execute(text("CREATE SCHEMA tenant"))
     try:
         sqlalchemy_jobs.metadata.create_all(engine)
