@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -419,6 +419,39 @@ def test_each_way_to_add_rings_once_for_each_queue(postgresql: Database) -> None
     assert what == [], "an INSERT has one RETURNING only"
 
 
+def test_who_may_be_left_out_rings_by_what_was_inserted(postgresql: Database) -> None:
+    """And others without a RETURNING, whose result would cost more than the bell."""
+    sessions = postgresql.sessions()
+    inserts: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *others: Any) -> None:
+        if statement.startswith("INSERT INTO sajobs_job"):
+            inserts.append("by result" if "RETURNING" in statement else "by value")
+
+    event.listen(sessions.kw["bind"], "before_cursor_execute", note)
+    with sessions.begin() as session:
+        listen(session)
+
+    def rung(*jobs: Job) -> list[str]:
+        inserts.clear()
+        with heard(postgresql) as what, sessions.begin() as session:
+            session.add_all(jobs)
+        return sorted(what)
+
+    assert rung(enqueue(Woken(), queue="a"), enqueue(Woken(), queue="b")) == ["a", "b"]
+    assert inserts == ["by value"]
+    assert rung(enqueue(Woken(), delay=timedelta(hours=1))) == []
+    assert rung(enqueue(Woken(), unique_key="one"), enqueue(Woken(), queue="a")) == ["a", "default"]
+    assert inserts == ["by result", "by value"]
+    assert rung(enqueue(Woken(), unique_key="one")) == [], "it was left out"
+    assert rung(Job(kind="woken", payload={})) == ["default"]
+    assert inserts == ["by result"], "its queue and time are those of the columns"
+    with heard(postgresql) as what, sessions.begin() as session:
+        values = {"kind": "woken", "payload": {}, "queue": "c", "run_at": datetime.now(UTC)}
+        assert session.scalar(table.insert().returning(table.c.queue), values) == "c"
+    assert what == ["c"]
+
+
 @pytest.mark.parametrize("driver", ["postgresql+psycopg", "postgresql+asyncpg"])
 def test_async_sessions_ring(postgresql: Database, driver: str) -> None:
     with postgresql.session.begin() as session:
@@ -500,8 +533,9 @@ def test_tenants_do_not_hear_each_other(postgresql: Database) -> None:
     """The channel is that of the table, however its name is arrived at."""
     from sqlalchemy_jobs import metadata
 
+    other = "o'\"th:er"
     with postgresql.engine().begin() as connection:
-        for schema in ("one", 'o"th:er'):
+        for schema in ("one", other):
             quoted = connection.dialect.identifier_preparer.quote_schema(schema)
             connection.exec_driver_sql(f"DROP SCHEMA IF EXISTS {quoted} CASCADE")
             connection.exec_driver_sql(f"CREATE SCHEMA {quoted}")
@@ -513,10 +547,10 @@ def test_tenants_do_not_hear_each_other(postgresql: Database) -> None:
             postgresql.engine(execution_options={"schema_translate_map": {None: schema}})
         )
 
-    for schema in (None, "one", 'o"th:er'):
+    for schema in (None, "one", other):
         with tenant(schema).begin() as session:
             listen(session)
-    for own in ("one", 'o"th:er'):
+    for own in ("one", other):
         with heard(postgresql, None) as by_plain, heard(postgresql, own) as by_own:
             add(tenant(own), 1, queue="mine")
             with tenant(own).begin() as session:
