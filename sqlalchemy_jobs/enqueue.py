@@ -11,8 +11,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Pool, bindparam, delete, event, inspect, select
+from sqlalchemy import Connection, Pool, bindparam, delete, event, select
 from sqlalchemy.orm import InstanceState, Mapper, Session, scoped_session
+from sqlalchemy.orm.attributes import instance_state
 
 from sqlalchemy_jobs import bell
 from sqlalchemy_jobs.codec import digest, encode, key_of
@@ -67,17 +68,17 @@ def enqueue(
     common = _common(run_at, delay, tags, headers)
     values = _values(payload, stored, queue, priority, max_attempts, unique_key, common)
     made = Job()
-    state: InstanceState[Job] = inspect(made)
-    state.dict.update(values)  # Job(**values) would note for each that there was nothing before
+    state = instance_state(made)
     caller = sys._getframe(1)
-    state.dict["_fresh"] = _Fresh(
+    values["_fresh"] = _Fresh(
         state,
-        None if run_at else made.run_at,
+        None if run_at else values["run_at"],
         caller.f_code.co_filename,
         caller.f_lineno,
     )
     if "unique_slot" in values:
-        state.dict[ON_CONFLICT] = _on_conflict(payload)
+        values[ON_CONFLICT] = _on_conflict(payload)
+    state.dict.update(values)  # Job(**values) would note for each that there was nothing before
     return made
 
 
@@ -172,6 +173,9 @@ def _values(
     return values
 
 
+_READY = JobState.READY.value
+
+
 def _common(
     run_at: datetime | None,
     delay: timedelta | None,
@@ -181,7 +185,7 @@ def _common(
     """Return what does not depend on the payload."""
     now = utcnow()
     return {
-        "state": JobState.READY.value,
+        "state": _READY,
         "run_at": _due(now, run_at, delay),
         "attempt": 0,
         "failures": 0,
