@@ -52,10 +52,7 @@ WITH RECURSIVE lane (number, limit_key, queue, priority, run_at, id, kind, crash
     SELECT * FROM {jobs} WHERE id = coalesce(
       (SELECT id FROM {jobs} job
        WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key = here.limit_key
-         AND queue = here.queue AND priority > here.priority ORDER BY priority, run_at, id LIMIT 1),
-      (SELECT id FROM {jobs} job
-       WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key = here.limit_key
-         AND queue > here.queue ORDER BY queue, priority, run_at, id LIMIT 1),
+         AND (queue, priority) > (here.queue, here.priority) ORDER BY queue, priority, run_at, id LIMIT 1),
       {first_of_key_behind_here}) LIMIT 1) next
   WHERE here.number < :most
 )
@@ -63,11 +60,12 @@ SELECT lane.limit_key, queue, priority,
   CAST(extract(epoch FROM run_at - clock_timestamp()) AS float8) AS due, kind, crashes,
   (SELECT count(*) FROM {jobs} job WHERE job.limit_key = lane.limit_key AND {is_running}) AS running,
   CAST(coalesce(extract(epoch FROM known.next_at - clock_timestamp()), 0) AS float8) AS opens,
-  known.limit_key IS NOT NULL AS is_known,
+  coalesce(known.is_known, false) AS is_known,
   EXISTS (SELECT FROM {jobs} job
     WHERE state = 'ready' AND limit_key IS NOT NULL AND job.limit_key = lane.limit_key AND job.queue = lane.queue
       AND job.priority = lane.priority AND (job.run_at, job.id) > (lane.run_at, lane.id)) AS has_more
-FROM lane LEFT JOIN {limits} known ON known.limit_key = lane.limit_key
+FROM lane LEFT JOIN LATERAL (
+  SELECT next_at, true AS is_known FROM {limits} WHERE limit_key = lane.limit_key LIMIT 1) known ON true
 ORDER BY lane.number
 """
 _FIRST_OF_KEY_BEHIND = """(SELECT id FROM {jobs} job
@@ -128,8 +126,9 @@ RETURNING {claimed}, limit_key
 # In one round trip the claim must know which rows were locked by the statement before it, and not by somebody else.
 _LOCK = """
 SELECT set_config('sajobs.locked', CAST(ARRAY(
-  SELECT limit_key FROM {limits} WHERE limit_key = ANY (CAST(:keys AS varchar[])) ORDER BY limit_key
-  FOR NO KEY UPDATE SKIP LOCKED) AS text), true)
+  SELECT locked.limit_key FROM unnest(CAST(:keys AS varchar[])) AS key (limit_key) CROSS JOIN LATERAL (
+    SELECT limit_key FROM {limits} WHERE limit_key = key.limit_key LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) locked
+  ) AS text), true)
 """
 _THAT_IS_LOCKED = """
     JOIN unnest(CAST(current_setting('sajobs.locked') AS varchar[])) AS locked (limit_key) USING (limit_key)"""
