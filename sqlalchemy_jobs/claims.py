@@ -50,8 +50,7 @@ class LimitedLane(NamedTuple):
     """Whether the lane has more than one of them."""
 
 
-@dataclass(frozen=True, slots=True)
-class LimitedKey:
+class LimitedKey(NamedTuple):
     """A key of which jobs are wanted, from one queue."""
 
     key: str

@@ -68,7 +68,7 @@ def claim(session: Session, wanted: Wanted, keys: Sequence[LimitedKey]) -> dict[
     for each in keys:
         if each.key in locked and each.numbers.rate is not None:
             began = Starts(each.numbers.rate, locked[each.key].used, now)
-            each = replace(each, most=min(each.most, began.free))
+            each = each._replace(most=min(each.most, began.free))
             starts[each.key] = began
         if each.key in locked and each.most > 0:
             open_keys.append(each)
@@ -82,14 +82,14 @@ def claim(session: Session, wanted: Wanted, keys: Sequence[LimitedKey]) -> dict[
     return claims
 
 
-def claim_and_commit(
+def claim_at_once(
     session: Session, wanted: Wanted, keys: Sequence[LimitedKey]
-) -> dict[str, list[Claim]]:
-    """As ``claim``, but may commit: in one round trip, where nothing is to be reckoned in between."""
-    found = None
-    if all(each.numbers.rate is None and not each.numbers.ordered for each in keys):
-        found = dialects.of(session).limits.claim_and_commit(session, wanted, keys)
-    return claim(session, wanted, keys) if found is None else found
+) -> dict[str, list[Claim]] | None:
+    """As ``claim``, in one round trip that commits where each statement does; None: not with this database or driver.
+
+    For keys of which only the running jobs count: nothing is reckoned in between.
+    """
+    return dialects.of(session).limits.claim_at_once(session, wanted, keys)
 
 
 def claim_queue(

@@ -115,6 +115,11 @@ class Numbers:
     rate: Rate | None = None
     ordered: bool = False
 
+    @property
+    def only_count(self) -> bool:
+        """Whether nothing matters but how many jobs are running."""
+        return self.rate is None and not self.ordered
+
 
 UNLIMITED = Numbers()
 

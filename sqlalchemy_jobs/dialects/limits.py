@@ -222,10 +222,10 @@ class LimitStatements:
             claims.setdefault(row.limit_key, []).append(claim)
         return claims
 
-    def claim_and_commit(
+    def claim_at_once(
         self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey]
     ) -> dict[str, list[Claim]] | None:
-        """Lock the rows of keys, claim as above and commit, in one round trip; None: it takes several here."""
+        """Lock the rows of keys and claim as above, in one round trip; None: it takes several here."""
         return None
 
     def running_in(self, session: Session, queue: str) -> int:

@@ -171,7 +171,7 @@ class PostgreSQLLimits(LimitStatements):
             {"after": after, "most": most},
             bind_arguments=TO_JOB,
         )
-        return [LimitedLane(*row) for row in found]
+        return [LimitedLane(*row) for row in found.all()]
 
     def add_keys(self, session: Session, keys: Sequence[str]) -> None:
         session.execute(_add_keys(schema_in(session)), {"keys": list(keys)}, bind_arguments=TO_JOB)
@@ -192,7 +192,7 @@ class PostgreSQLLimits(LimitStatements):
         rows = session.execute(statement, values, bind_arguments=TO_JOB).all()
         return claims | _by_key(wanted, rows)
 
-    def claim_and_commit(
+    def claim_at_once(
         self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey]
     ) -> dict[str, list[Claim]] | None:
         connection = session.connection(bind_arguments=TO_JOB)
@@ -203,12 +203,11 @@ class PostgreSQLLimits(LimitStatements):
         values = _values(wanted, wanted.rooms(), keys)
         cursor = plain_cursor(connection)
         try:
-            # Of what fails in a pipeline, nothing behind it is done.
+            # One transaction, also in autocommit; of what fails in a pipeline, nothing behind it is done.
             with cursor.connection.pipeline():
                 # Not prepared: a plan that was made for few keys would be kept when there are many.
                 cursor.connection.execute(_lock(schema), {"keys": values["keys"]}, prepare=False)
                 cursor.execute(plain, values)
-                cursor.connection.commit()
             rows = in_utc(cursor.fetchall())
         except BaseException as error:
             connection._handle_dbapi_exception(error, plain, values, None, None)

@@ -92,6 +92,8 @@ class Limiting:
         self._open: OrderedDict[tuple[str, str], LimitedKey] = OrderedDict()
         """By key and queue; the next one to have its turn first."""
         self._blocked: dict[str, list[LimitedKey]] = {}
+        self._at_once = True
+        """Whether there is a way to claim in one round trip, as far as is known."""
         self._of_a_key = 1.0
         """How many jobs of a key the next claim may expect."""
         self._suspects: dict[str, LimitedKey] = {}
@@ -146,7 +148,7 @@ class Limiting:
                 wanted=replace(wanted, room={queue: rooms[pool]}, total=total),
                 queue=queue,
                 numbers=self._controls.queue(queue).numbers,
-                keys=[replace(each, most=most) for each in keys],
+                keys=[each._replace(most=most) for each in keys],
             )
         )
         if found.opens:
@@ -305,21 +307,20 @@ class Limiting:
             self._is_held_in_round = True
             self._blocked.setdefault(lane.key, []).append(key)
         else:
-            known = self._open.get((lane.key, lane.queue), key)
-            priorities = sorted({*known.priorities, lane.priority})
-            has_more = lane.has_more or known.has_more or len(priorities) > 1
-            self._open[lane.key, lane.queue] = replace(
-                key, priorities=priorities, has_more=has_more
-            )
+            if known := self._open.get((lane.key, lane.queue)):
+                priorities = sorted({*known.priorities, lane.priority})
+                has_more = lane.has_more or known.has_more or len(priorities) > 1
+                key = key._replace(priorities=priorities, has_more=has_more)
+            self._open[lane.key, lane.queue] = key
 
     def _is_paused(self, lane: LimitedLane) -> bool:
         """Tell whether nothing of a lane is to begin; behind a job of a paused kind there may be others of its limit."""
+        if self._controls.queue(lane.queue).paused or not self._controls.paused_kinds:
+            return self._controls.queue(lane.queue).paused
         kinds = {lane.kind}
         if not self._numbers_of(lane.key).ordered:
             kinds |= self._kinds.get(name_of(lane.key), set())
-        return self._controls.queue(lane.queue).paused or kinds.issubset(
-            self._controls.paused_kinds
-        )
+        return kinds.issubset(self._controls.paused_kinds)
 
     def _is_never_alone(self, kind: str) -> bool:
         handler = self._handlers.get(kind)
@@ -335,7 +336,7 @@ class Limiting:
         rooms: Mapping[str, int],
     ) -> list[Claim]:
         """Claim jobs of the first of these keys, about as many of each; take the keys out, and keep what may have more."""
-        queues = {queue for _, queue in keys if self._controls.is_plain(queue)}
+        queues = filter(self._controls.is_plain, {queue for _, queue in keys})
         pools = self._pools.in_turn(queues, rooms)
         total = min(wanted.total, free)
         if total <= 0:
@@ -351,17 +352,14 @@ class Limiting:
         if not picked:
             return []
         most = -(-total // len(picked))
-        found = self._control.transaction(
-            partial(
-                limited.claim_and_commit,
-                wanted=replace(
-                    wanted,
-                    room={queue: rooms[pool] for queue, pool in pools.items()},
-                    pools=pools,
-                    total=total,
-                ),
-                keys=[replace(each, most=most) for each in picked.values()],
-            )
+        found = self._claim_of(
+            replace(
+                wanted,
+                room={queue: rooms[pool] for queue, pool in pools.items()},
+                pools=pools,
+                total=total,
+            ),
+            [each._replace(most=most) for each in picked.values()],
         )
         claims = [claim for of_key in found.values() for claim in of_key]
         if expected >= total:  # a claim that was full may go by half as many keys the next time
@@ -374,6 +372,15 @@ class Limiting:
         if claims and not self._open and self._cursor:
             self._look_at = -math.inf  # the round goes on
         return claims
+    def _claim_of(self, wanted: Wanted, keys: list[LimitedKey]) -> dict[str, list[Claim]]:
+        """Claim jobs of these keys, in one round trip where that can be."""
+        if self._at_once and all(each.numbers.only_count for each in keys):
+            at_once = partial(limited.claim_at_once, wanted=wanted, keys=keys)
+            if (found := self._control.statements(at_once)) is not None:
+                return found
+            self._at_once = False
+        return self._control.transaction(partial(limited.claim, wanted=wanted, keys=keys))
+
 
     def _expected(self, key: LimitedKey) -> float:
         """Return how many jobs of a key a claim is likely to bring."""

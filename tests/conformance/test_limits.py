@@ -93,6 +93,8 @@ class Plain:
     n: int = 0
 
 
+SYNC = "S\0\0\0\4"
+"""What ends a pipeline, and commits it."""
 THREE = Numbers(concurrency=3)
 ONE = Numbers(concurrency=1)
 ORDERED = Numbers(concurrency=1, ordered=True)
@@ -106,8 +108,17 @@ class LimitBench(Bench):
         self, worker: uuid.UUID, *keys: str, numbers: Numbers = THREE, most: int = 10
     ) -> list[Claim]:
         """As a worker does: in one round trip, where there is a way."""
-        at_once = limited.claim_and_commit
-        return self.do(lambda session: self.claim_in(session, worker, keys, numbers, most, at_once))
+        claims = None
+        if numbers.only_count:
+            claims = self.control.statements(
+                lambda session: self.claim_in(
+                    session, worker, keys, numbers, most, limited.claim_at_once
+                )
+            )
+        if claims is None:
+            claims = self.do(lambda session: self.claim_in(session, worker, keys, numbers, most))
+        assert claims is not None
+        return claims
 
     @staticmethod
     def claim_in(
@@ -116,14 +127,16 @@ class LimitBench(Bench):
         keys: Sequence[str],
         numbers: Numbers,
         most: int = 10,
-        claim: Callable[..., dict[str, list[Claim]]] = limited.claim,
-    ) -> list[Claim]:
+        claim: Callable[..., dict[str, list[Claim]] | None] = limited.claim,
+    ) -> list[Claim] | None:
         kinds = ["three", "charge", "call", "step"]
         found = claim(
             session,
             Wanted(worker, kinds, (), {"default": most}, most),
             [LimitedKey(key, "default", [0], numbers, most) for key in keys],
         )
+        if found is None:
+            return None
         return [claim for of_key in found.values() for claim in of_key]
 
     def add_limited(self, *payloads: Any, **options: Any) -> list[uuid.UUID]:
@@ -211,7 +224,7 @@ def test_claimers_that_hammer_two_keys_never_exceed_the_limit(
 ) -> None:
     """In one round trip, where there is a way, and in several."""
     if not at_once:
-        monkeypatch.setattr(limited, "claim_and_commit", limited.claim)
+        monkeypatch.setattr(limited, "claim_at_once", lambda *_: None)
     bench = LimitBench(database)
     bench.add_limited(*(Three(n) for n in range(120)), *(Charge(1, n) for n in range(60)))
     running = (
@@ -285,30 +298,48 @@ def _open_claim(bench: LimitBench, database: Database, numbers: Numbers) -> Iter
         session.commit()
 
 
-def test_a_claim_is_one_round_trip_and_has_committed(postgresql: Database) -> None:
+@pytest.mark.parametrize("level", ["AUTOCOMMIT", "READ COMMITTED"])
+def test_a_claim_in_one_round_trip_is_one_transaction_or_part_of_one(
+    postgresql: Database, level: Any
+) -> None:
     bench = LimitBench(postgresql)
     bench.add_limited(*(Three(n) for n in range(8)))
     worker = bench.worker()
-    engine = postgresql.engine(isolation_level="READ COMMITTED")
+    engine = postgresql.engine(isolation_level=level)
     with Session(engine) as session:
-        claims = bench.claim_in(session, worker, ["three"], THREE, 10, limited.claim_and_commit)
-        assert count(postgresql, Job.state == "running") == len(claims) == 3
+        claims = bench.claim_in(session, worker, ["three"], THREE, 10, limited.claim_at_once)
+        assert claims is not None and len(claims) == 3
         driver: Any = session.connection().connection.driver_connection
-        assert driver.info.transaction_status == TransactionStatus.IDLE
+        if level == "AUTOCOMMIT":
+            assert driver.info.transaction_status == TransactionStatus.IDLE
+        else:
+            assert driver.info.transaction_status == TransactionStatus.INTRANS
+            assert count(postgresql, Job.state == "running") == 0
+            assert bench.claim_of(worker, "three") == []
+            session.commit()
+    assert count(postgresql, Job.state == "running") == 3
     bench.control.close()
 
 
-def test_a_claim_that_fails_in_its_one_round_trip_commits_nothing(postgresql: Database) -> None:
+@pytest.mark.parametrize("level", ["AUTOCOMMIT", "READ COMMITTED"])
+def test_a_claim_that_fails_in_its_one_round_trip_commits_nothing(
+    postgresql: Database, level: Any
+) -> None:
+    """What it has locked is free again."""
     bench = LimitBench(postgresql)
     bench.add_limited(*(Three(n) for n in range(8)))
     worker = bench.worker()
-    with Session(postgresql.engine()) as other, Session(postgresql.engine()) as session:
+    engine = postgresql.engine(isolation_level=level)
+    with Session(postgresql.engine()) as other, Session(engine) as session:
         other.execute(text("LOCK TABLE sajobs_job IN EXCLUSIVE MODE"))
-        session.execute(text("SET LOCAL lock_timeout = '10ms'"))
+        session.execute(text("SET lock_timeout = '10ms'"))
         with pytest.raises(OperationalError, match="lock timeout"):
-            bench.claim_in(session, worker, ["three"], THREE, 10, limited.claim_and_commit)
-    assert count(postgresql, Job.state == "running") == 0
-    assert len(bench.claim_of(worker, "three")) == 3
+            bench.claim_in(session, worker, ["three"], THREE, 10, limited.claim_at_once)
+        session.rollback()
+        assert count(postgresql, Job.state == "running") == 0
+        other.rollback()
+        assert len(bench.claim_of(worker, "three")) == 3
+    engine.dispose()
     bench.control.close()
 
 
@@ -322,7 +353,7 @@ def test_a_claim_whose_connection_is_cut_is_made_or_not_and_given_back(
     engine = create_engine(proxy.url)
     app: JobApp[Any, Any] = JobApp(sessionmaker(engine))
     three = Counting(app, Three)
-    proxy.cut_commit("sajobs.locked", when)
+    proxy.cut_commit("sajobs.locked", when, by=SYNC)
     assert Worker(app, drain=True, concurrency=4, poll_interval=timedelta(seconds=0.1)).run()
     assert proxy.cuts.acquire(timeout=20)
     assert three.most[None] <= 3 and sorted(each.n for each in three.ran) == [*range(6)]
