@@ -370,8 +370,9 @@ class Limiting:
             had_room = len(claims) < total and left[pools[each.queue]] > 0
             self._put_back(each, found.get(each.key, []), most, had_room)
         if claims and not self._open and self._cursor:
-            self._look_at = -math.inf  # the round goes on
+            self._look_at = self._next_due = -math.inf  # the round goes on
         return claims
+
     def _claim_of(self, wanted: Wanted, keys: list[LimitedKey]) -> dict[str, list[Claim]]:
         """Claim jobs of these keys, in one round trip where that can be."""
         if self._at_once and all(each.numbers.only_count for each in keys):
@@ -380,7 +381,6 @@ class Limiting:
                 return found
             self._at_once = False
         return self._control.transaction(partial(limited.claim, wanted=wanted, keys=keys))
-
 
     def _expected(self, key: LimitedKey) -> float:
         """Return how many jobs of a key a claim is likely to bring."""

@@ -646,6 +646,22 @@ def test_what_comes_up_behind_a_long_round_is_seen_by_the_next_one(
     assert it.wait == pytest.approx(1 if disturbed else 3600, rel=0.01)
 
 
+def test_a_round_goes_on_at_once_when_its_keys_are_claimed(
+    bench: LimitBench, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limiting, "LANES", 4)
+    monkeypatch.setattr(limiting.Limiting, "_newest_lanes", lambda *_: [])
+    bench.add_limited(*(Charge(n) for n in range(12)))
+    it = limiting_of(bench, Charge)
+    wanted = Wanted(bench.worker(), ["charge"], (), {}, 4)
+    for left in (8, 4, 0):
+        it.look(is_busy=True)
+        assert len(it.claim(wanted)) == 4
+        assert count(database, Job.state == "ready") == left
+        if left:
+            assert it.wait == 0
+
+
 def test_a_cancelled_head_does_not_hold_up_its_key(database: Database) -> None:
     """The bell is rung for it: the worker sleeps."""
     app: JobApp[Any, Any] = JobApp(database.sessions())
