@@ -32,6 +32,9 @@ from sqlalchemy_jobs.worker.slots import Slots
 from sqlalchemy_jobs.worker.speed import LONGEST_AHEAD, Speed
 from sqlalchemy_jobs.worker.wakeup import Wakeup
 
+MOST_SLOTS = 75
+"""Percent of the slots that are to be free before a claim, where runs are so quick that it need not wait long."""
+
 
 @dataclass(slots=True)
 class Step:
@@ -48,6 +51,8 @@ class Step:
     """Whether it claims where the last claims were, without looking."""
     had_marks: bool
     """Whether it does not begin where the lanes do."""
+    ended: int
+    """How many runs had ended before."""
     began_at: float = field(default_factory=time.monotonic)
     claims: list[Claim] = field(default_factory=list)
     """Of jobs that count against no limit."""
@@ -111,6 +116,8 @@ class Claimer:
         self._was_ahead = False
         self._was_full = False
         self._limited_first = False
+        self._gather_until = 0.0
+        """Until when a claim waits for ``MOST_SLOTS``."""
 
     def step(self) -> float:
         worker_id = self._lease.worker_id
@@ -126,7 +133,7 @@ class Claimer:
         self._claim_beside_waiting(worker_id)
         step = self._begin(worker_id)
         if step is None:
-            return self._wait_for_slots()
+            return min(self._wait_for_slots(), self._gathers or math.inf)
         self._claim(step)
         if step.guesses and not step.claims:
             return 0.0  # and then it looks
@@ -134,6 +141,7 @@ class Claimer:
         self._start_claimed(step)
         self._remember(step)
         self._claim_what_is_left(step)
+        self._gather(step)
         return self._wait(step)
 
     def rung(self, queue: str) -> None:
@@ -180,6 +188,10 @@ class Claimer:
         ahead = self._speed.ahead() if may_wait else {}
         free, _ = self._slots.room(ahead)
         enough = sum(ahead.values()) // 2
+        most = self._slots.total * MOST_SLOTS // 100
+        if not ahead and free < most and self._gathers:
+            self._slots.wake_at = self._slots.total - most
+            return None
         if free <= enough:
             if ahead:
                 self._slots.wake_at = self._slots.total + enough
@@ -196,7 +208,13 @@ class Claimer:
             # Woken from its sleep: most likely there is another job like the last ones.
             guesses=self._idling.was_woken() and self._lanes.may_guess,
             had_marks=self._lanes.has_marks,
+            ended=self._slots.all_ended(),
         )
+
+    @property
+    def _gathers(self) -> float:
+        """Seconds for which a claim still waits for more slots."""
+        return max(self._gather_until - time.monotonic(), 0.0)
 
     def _wait_for_slots(self) -> float:
         self._wakeup.claimed(full=True)
@@ -251,6 +269,17 @@ class Claimer:
             step.limited = self._claim_suspect(step.worker_id)
         if self._limited_wait:
             self._slots.wake_at = math.inf
+
+    def _gather(self, step: Step) -> None:
+        """Have the next claim wait for most of the slots, while runs are quicker than claims.
+
+        Else two claims would take turns, each for the slots that are free while the jobs of the other run: a claim for
+        one job costs a third of one for a hundred.
+        """
+        ended = self._slots.all_ended() - step.ended
+        if step.limited and ended >= self._slots.total - step.free:
+            now = time.monotonic()
+            self._gather_until = now + (now - step.began_at) / 2
 
     def _wait(self, step: Step) -> float:
         """Return how long to wait until the next step."""

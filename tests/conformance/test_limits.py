@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,11 +45,14 @@ from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.errors import ControlError
 from sqlalchemy_jobs.limits import Numbers, Rate
 from sqlalchemy_jobs.models import LimitRow
+from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.tables import limits
-from sqlalchemy_jobs.worker import limiting, speed
+from sqlalchemy_jobs.worker import claiming, limiting, speed
 from sqlalchemy_jobs.worker.controls import Controls
 from sqlalchemy_jobs.worker.pools import Pools
+from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.slots import Slots
+from sqlalchemy_jobs.worker.wakeup import Wakeup
 from tests.conformance.test_transitions import BOOM, Bench
 from tests.databases import Database
 from tests.proxy import Proxy, When
@@ -660,6 +664,45 @@ def test_a_round_goes_on_at_once_when_its_keys_are_claimed(
         assert count(database, Job.state == "ready") == left
         if left:
             assert it.wait == 0
+
+
+def test_a_claim_waits_a_moment_for_the_slots_of_quick_jobs(bench: LimitBench) -> None:
+    """As long as all that was running has ended within the last claim, and for most of the slots only."""
+    bench.add_limited(*(Charge(n) for n in range(40)))
+    app: JobApp[Any, Any] = JobApp(sessionmaker())
+    Counting(app, Charge)
+    controls, pools = Controls(app.handlers), Pools({})
+    slots = Slots(8, pools, lambda: None)
+    runs: list[Run] = []
+    claimer = claiming.Claimer(
+        bench.control,
+        SimpleNamespace(worker_id=bench.worker()),  # type: ignore[arg-type]
+        slots,
+        app.handlers,
+        Settings(),
+        Wakeup(1.0, lambda: None),
+        lambda: runs.extend(iter(slots.next, None)),
+        lambda runs: None,
+        lambda: None,
+        controls,
+        limiting.Limiting(bench.control, slots, app.handlers, pools, controls, 1.0, lambda: None),
+    )
+
+    def step(ended: int, running: int) -> float:
+        for _ in range(ended):
+            slots.ended(runs.pop(0))
+        wait = claimer.step()
+        assert len(runs) == running
+        return wait
+
+    step(0, running=8)
+    wait = step(2, running=6)
+    assert 0 < wait < 1
+    time.sleep(wait)
+    step(0, running=8)
+    step(1, running=8)  # seven went on meanwhile
+    for ended in (8, 6):
+        step(ended, running=8)
 
 
 def test_a_cancelled_head_does_not_hold_up_its_key(database: Database) -> None:
