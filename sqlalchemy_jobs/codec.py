@@ -169,7 +169,7 @@ def _from_stored(cls: type[PayloadT], stored: Any) -> PayloadT:
     return msgspec.convert(stored, cls, strict=True, str_keys=True, dec_hook=_decode_other)
 
 
-def _from_json(cls: type[PayloadT], text: str) -> PayloadT:
+def _from_json(cls: type[PayloadT], text: str | bytes) -> PayloadT:
     decoder = _decoder(cast(type, cls))
     if decoder is None:
         return _from_stored(cls, msgspec.json.decode(text))
@@ -209,8 +209,13 @@ _dumps = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 _dump_in_short = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
-def _checked_json(stored: object, root: str) -> str:
+def _checked_json(stored: object, root: str) -> str | bytes:
     """Return the JSON text. Raises: PayloadError, with the path of what no database stores."""
+    with suppress(Exception):  # the slower way takes more, and tells what is wrong
+        quick = msgspec.json.encode(stored)
+        # What is not finite would be read back as None, and most of what is not JSON as a string.
+        if b"\\u0000" not in quick and msgspec.json.decode(quick) == stored:
+            return quick
     try:
         text = _dumps(stored)
         text.encode()

@@ -980,6 +980,20 @@ def test_values_that_are_not_json_leaves_are_not_let_through() -> None:
     assert path_of_refusal(Custom(n=1)) == "Custom.n"
 
 
+def test_a_string_of_a_class_of_its_own_is_a_string() -> None:
+    class Html(str):
+        pass
+
+    @job("k")
+    class Page(pydantic.BaseModel):
+        html: str
+
+        def model_dump(self, **options: Any) -> dict[str, Any]:
+            return {"html": Html(self.html)}
+
+    assert encode(Page(html="<p>")) == {"html": "<p>"}
+
+
 # ------------------------------------------------------------------------------ reading rows of any age
 
 
