@@ -85,8 +85,9 @@ class Async:
     def close(self, opened: Opened, handler: Handler) -> None:
         if self._reserve.takes(opened, handler):
             return
-        # A task that was cancelled may be cancelled again: the connection must go back all the same.
-        closing = asyncio.ensure_future(opened.argument.close())
+        # A task that was cancelled may be cancelled again: the connection must go back all the same. Not one of the
+        # loop's task factory here either: an eager one would begin it in our greenlet, and then come back there.
+        closing = asyncio.Task(opened.argument.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         await_only(asyncio.shield(closing))

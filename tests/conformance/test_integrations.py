@@ -22,7 +22,7 @@ import flask
 import flask_sqlalchemy
 import pytest
 import sqlmodel
-from sqlalchemy import func, select, text, update
+from sqlalchemy import NullPool, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -742,6 +742,39 @@ def test_an_eager_task_factory_does_not_begin_each_run_within_the_one_before(
     asyncio.run(main())
     succeeded(sqlite, count)
     assert max(depths) < 2 * min(depths)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+@on_every_async_driver
+def test_an_eager_task_factory_does_not_close_sessions_within_the_run(
+    database: Database, driver: str
+) -> None:
+    count = 20
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        engine = async_engine(database, driver, poolclass=NullPool)
+        app = JobApp(async_sessionmaker(engine))
+        called: list[str] = []
+        ended = asyncio.Event()
+
+        @app.handler(Async)
+        async def handle(session: AsyncSession, payload: Async) -> None:
+            session.add(Effect(note="never"))
+            await session.flush()
+            called.append(payload.note)
+            if len(called) == count:
+                ended.set()
+            raise Fail("on purpose")  # the session has a transaction to roll back, and a connection to close
+
+        await asyncio.to_thread(add, database, *[Async()] * count)
+        async with app.worker(**EMBEDDED):
+            await asyncio.wait_for(ended.wait(), WAIT)
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert states(database) == [JobState.FAILED] * count
+    assert notes(database) == []
 
 
 def test_sync_with_is_refused_with_async_handlers_under_a_running_loop(sqlite: Database) -> None:
