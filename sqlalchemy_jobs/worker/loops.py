@@ -83,6 +83,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
+        self._is_ending = False
         self._thread = threading.Thread(target=self._run, name=f"sajobs-{name}", daemon=True)
         self._thread.start()
 
@@ -96,12 +97,21 @@ class LoopThread:
         The loop may be blocked by a handler, or a connection be dead.
         """
         ending = asyncio.run_coroutine_threadsafe(last, self.loop)
-        ending.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))
+        ending.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self._end))
         self._thread.join(LAST_STEP)
+
+    def _end(self) -> None:
+        self._is_ending = True
+        self.loop.stop()
 
     def _run(self) -> None:
         try:
-            self.loop.run_forever()
+            while not self._is_ending:
+                try:
+                    self.loop.run_forever()
+                except (KeyboardInterrupt, SystemExit):
+                    # asyncio lets these out of any task, one that a handler has made among them.
+                    log.exception("%s: going on", self._thread.name)
             self.loop.run_until_complete(self._cancel_all())
         finally:
             self.loop.close()

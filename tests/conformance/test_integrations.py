@@ -777,6 +777,29 @@ def test_an_eager_task_factory_does_not_close_sessions_within_the_run(
     assert notes(database) == []
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_a_task_of_a_handler_does_not_end_the_workers_own_loop(
+    sqlite: Database, error: type[BaseException]
+) -> None:
+    """asyncio lets these two out of the loop, whichever task raises them."""
+    app = JobApp(async_sessionmaker(async_engine(sqlite, DRIVERS[sqlite.name][0])))
+
+    async def end() -> None:
+        raise error
+
+    @app.handler(Async)
+    async def handle(session: AsyncSession, payload: Async) -> None:
+        if payload.note == "ends":
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(end())
+
+    with sqlite.session.begin() as session:
+        session.add_all([enqueue(Async("ends"), max_attempts=1), enqueue(Async())])
+    drain(app)
+    assert states(sqlite) == [JobState.FAILED, JobState.SUCCEEDED]
+    assert problems(sqlite) == [f"{error.__name__}: "]
+
+
 def test_sync_with_is_refused_with_async_handlers_under_a_running_loop(sqlite: Database) -> None:
     async def main() -> None:
         engine = async_engine(sqlite, DRIVERS[sqlite.name][0])
