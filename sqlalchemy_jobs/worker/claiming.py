@@ -385,7 +385,7 @@ class Claimer:
             return []
         if self._limiting.has_passed_paused and self._must_heed:
             self._control.statements(self._heed)  # it may have been resumed
-        self._limiting.look(is_busy=self._was_full)
+        self._limiting.look(is_busy=self._was_full, wanted=most)
         if not self._limiting.wants_slots and not self._lanes.limited:
             return []
         if self._must_heed:

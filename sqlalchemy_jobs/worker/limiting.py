@@ -114,8 +114,11 @@ class Limiting:
             return []
         return self._claim(wanted, self._open, *self._slots.room(beside_waiting=beside_waiting))
 
-    def look(self, *, is_busy: bool) -> None:
-        """Look which keys may have jobs to claim, if it is time to: a busy worker does so now and then only."""
+    def look(self, *, is_busy: bool, wanted: int = 1) -> None:
+        """Look which keys may have jobs to claim, if it is time to: a busy worker does so now and then only.
+
+        In the middle of a round also if those that are known have fewer than are wanted: a claim is to be full.
+        """
         while self._freed:
             key = self._freed.popleft()
             self._rest_until.pop(key, None)
@@ -125,7 +128,8 @@ class Limiting:
         now = time.monotonic()
         self._is_disturbed |= bool(self._cursor) and now < self._next_due
         self._rest_until = {key: until for key, until in self._rest_until.items() if until > now}
-        if now >= self._look_at or not (is_busy or self._open or self._is_dormant):
+        has_enough = self._open and not (self._cursor and self._has_fewer_than(wanted))
+        if now >= self._look_at or not (is_busy or has_enough or self._is_dormant):
             self._look(now)
 
     def claim_queue(self, wanted: Wanted, queue: str) -> list[Claim]:
@@ -381,6 +385,9 @@ class Limiting:
                 return found
             self._at_once = False
         return self._control.transaction(partial(limited.claim, wanted=wanted, keys=keys))
+
+    def _has_fewer_than(self, wanted: int) -> bool:
+        return len(self._open) < wanted and sum(map(self._expected, self._open.values())) < wanted
 
     def _expected(self, key: LimitedKey) -> float:
         """Return how many jobs of a key a claim is likely to bring."""

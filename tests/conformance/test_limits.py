@@ -666,6 +666,20 @@ def test_a_round_goes_on_at_once_when_its_keys_are_claimed(
             assert it.wait == 0
 
 
+def test_a_claim_in_the_middle_of_a_round_is_full(
+    bench: LimitBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not take the keys that the last look has left over, but what the next one finds as well."""
+    monkeypatch.setattr(limiting, "LANES", 4)
+    bench.add_limited(*(Charge(n) for n in range(12)))
+    it = limiting_of(bench, Charge)
+    monkeypatch.setattr(it, "_newest_at", math.inf)
+    wanted = Wanted(bench.worker(), ["charge"], (), {}, 3)
+    for _ in range(4):
+        it.look(is_busy=False, wanted=3)
+        assert len(it.claim(wanted)) == 3
+
+
 def test_a_claim_waits_a_moment_for_the_slots_of_quick_jobs(bench: LimitBench) -> None:
     """As long as all that was running has ended within the last claim, and for most of the slots only."""
     bench.add_limited(*(Charge(n) for n in range(40)))
