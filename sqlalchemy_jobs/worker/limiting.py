@@ -20,6 +20,8 @@ from sqlalchemy_jobs.limits import UNLIMITED, Numbers, key_of_queue, name_of
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.controls import Controls
+from sqlalchemy_jobs.worker.looking import Ahead, Found
+from sqlalchemy_jobs.worker.loops import Loop
 from sqlalchemy_jobs.worker.pools import Pools
 from sqlalchemy_jobs.worker.slots import Slots
 
@@ -44,7 +46,7 @@ PROBE = 60.0
 class Limiting:
     """Each key has its turn, one after the other, and one that is blocked does not hold up the others.
 
-    For the claimer's thread; but ``disowned`` is for any.
+    For the claimer's thread; but ``disowned`` is for any. While a round goes on the next lanes are looked for in another one.
     """
 
     def __init__(
@@ -103,6 +105,9 @@ class Limiting:
         """The keys of queues whose rows have been made."""
         self._ours: dict[uuid.UUID, str] = {}
         self._freed: deque[str] = deque()
+        self._freed_since: Counter[str] = Counter()
+        """How many runs of a key have ended since a look ahead was asked for."""
+        self._ahead = Ahead(self._find)
         self._rest_until: dict[str, float] = {}
         """Until when queues that have limits themselves let nothing begin, as far as is known."""
 
@@ -123,6 +128,7 @@ class Limiting:
             key = self._freed.popleft()
             self._rest_until.pop(key, None)
             self._running[key] -= 1
+            self._freed_since[key] += 1
             for each in self._blocked.pop(key, ()):
                 self._open[each.key, each.queue] = each
         now = time.monotonic()
@@ -212,6 +218,11 @@ class Limiting:
         key = self._ours.get(run.job_id)
         return key is not None and (key in self._blocked or key in self._rest_until)
 
+    @property
+    def looking(self) -> Loop:
+        """The thread that looks ahead: to be stopped after the claimer's."""
+        return self._ahead.loop
+
     def forget(self) -> None:
         """Look again: what holds for queues and kinds has changed."""
         self._open.clear()
@@ -233,18 +244,22 @@ class Limiting:
                 self._due_in_round = math.inf
                 for of_round in (self._blocked, self._suspects, self._running):
                     of_round.clear()
-            lanes = self._control.statements(self._lanes)
-            for each in lanes:
-                self._sort_in(each, began_at)
+            ahead = self._ahead.take(self._cursor)
+            found = self._find(self._cursor) if ahead is None else self._of_now(ahead)
+            self._cursor = found.last
+            self._take_in(found)
             self._has_found = self._found_in_round or (self._has_found and bool(self._cursor))
             if self._open or not self._cursor:
                 break
         if (goes_on and not self._cursor) or (self._cursor and began_at >= self._newest_at):
             # A key that is new would wait until the round comes to it.
-            for each in self._control.statements(self._newest_lanes):
-                if each.key not in self._blocked:
-                    self._sort_in(each, began_at)
+            newest = self._control.statements(self._find_newest)
+            lanes = [each for each in newest.lanes if each.key not in self._blocked]
+            self._take_in(newest._replace(lanes=lanes))
             self._newest_at = time.monotonic() + SWEEP / 5
+        if self._cursor and self._open and not self._control.dialect.one_writer:
+            self._freed_since.clear()
+            self._ahead.ask(self._cursor)
         now = time.monotonic()
         took = now - began_at
         self._look_at = now + (PROBE if self._is_dormant else max(SWEEP, LOOKS_SHARE * took))
@@ -255,31 +270,39 @@ class Limiting:
             again = self._poll
         self._next_due = min(self._due_in_round, now + again)
 
-    def _lanes(self, session: Session) -> list[LimitedLane]:
-        """Return the next lanes."""
-        found = dialects.of(session).limits.lanes(session, self._cursor, LANES)
-        self._cursor = found[-1].key if len(found) == LANES else ""
-        return self._ours_of(session, found)
+    def _find(self, after: str) -> Found:
+        """Look behind a key; also from the thread that looks ahead."""
+        began_at, most = time.monotonic(), max(LANES, self._slots.total)
 
-    def _newest_lanes(self, session: Session) -> list[LimitedLane]:
-        """Return the lanes of jobs that are new."""
+        def lanes(session: Session) -> Found:
+            found = dialects.of(session).limits.lanes(session, after, most)
+            last = found[-1].key if len(found) == most else ""
+            return Found(after, last, *self._ours_of(session, found), began_at)
+
+        return self._control.statements(lanes)
+
+    def _find_newest(self, session: Session) -> Found:
+        """Look at the jobs that are new."""
+        began_at = time.monotonic()
         after = earlier(self._newest, LATE)
         found, self._newest = dialects.of(session).limits.newest(session, after)
-        return self._ours_of(session, found)
+        return Found("", "", *self._ours_of(session, found), began_at)
 
-    def _ours_of(self, session: Session, found: list[LimitedLane]) -> list[LimitedLane]:
-        """Return those that are ours; of an ordered key the lane of its oldest job."""
+    def _ours_of(
+        self, session: Session, found: list[LimitedLane]
+    ) -> tuple[list[LimitedLane], bool]:
+        """Return those that are ours, of an ordered key the lane of its oldest job; and whether one is left to others."""
         ours = [each for each in found if self._is_ours(each)]
         if new := {each.key for each in ours if not each.is_known}:
             limited.add_keys(session, new)
         ordered = {each.key for each in ours if self._numbers_of(each.key).ordered}
         if not ordered:
-            return ours
+            return ours, False
         opens = {each.key: each.opens for each in ours}
         heads = dialects.of(session).limits.ordered_heads(session, sorted(ordered))
         heads = [each._replace(opens=opens[each.key]) for each in heads if self._is_ours(each)]
-        self._is_held_in_round |= len(heads) < len(ordered)  # by one that is left to others
-        return [each for each in ours if each.key not in ordered] + heads
+        others = [each for each in ours if each.key not in ordered]
+        return others + heads, len(heads) < len(ordered)
 
     def _is_ours(self, lane: LimitedLane) -> bool:
         """Tell whether the lane may have jobs for this worker; keys that only others know are left to them."""
@@ -288,6 +311,23 @@ class Limiting:
 
     def _numbers_of(self, key: str) -> Numbers:
         return self._numbers.get(name_of(key), UNLIMITED)
+
+    def _of_now(self, ahead: Found) -> Found:
+        """Return what was found ahead, less what has ended since. What has come up since is left to another round."""
+        self._is_disturbed = True
+        freed = self._freed_since
+        lanes = [
+            each._replace(running=max(each.running - freed[each.key], 0))
+            if each.key in freed
+            else each
+            for each in ahead.lanes
+        ]
+        return ahead._replace(lanes=lanes)
+
+    def _take_in(self, found: Found) -> None:
+        self._is_held_in_round |= found.is_held
+        for each in found.lanes:
+            self._sort_in(each, found.began_at)
 
     def _sort_in(self, lane: LimitedLane, now: float) -> None:
         """Note whether there is something to claim in a lane, and else until when there is not."""

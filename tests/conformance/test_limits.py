@@ -1,5 +1,6 @@
 """Limits hold over all workers, whatever dies, and a key that is blocked does not hold up the others."""
 
+import json
 import math
 import threading
 import time
@@ -49,6 +50,7 @@ from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.tables import limits
 from sqlalchemy_jobs.worker import claiming, limiting, speed
 from sqlalchemy_jobs.worker.controls import Controls
+from sqlalchemy_jobs.worker.looking import BELIEVED, Ahead, Found
 from sqlalchemy_jobs.worker.pools import Pools
 from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.slots import Slots
@@ -654,9 +656,9 @@ def test_a_round_goes_on_at_once_when_its_keys_are_claimed(
     bench: LimitBench, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limiting, "LANES", 4)
-    monkeypatch.setattr(limiting.Limiting, "_newest_lanes", lambda *_: [])
     bench.add_limited(*(Charge(n) for n in range(12)))
     it = limiting_of(bench, Charge)
+    monkeypatch.setattr(it, "_newest_at", math.inf)
     wanted = Wanted(bench.worker(), ["charge"], (), {}, 4)
     for left in (8, 4, 0):
         it.look(is_busy=True)
@@ -678,6 +680,59 @@ def test_a_claim_in_the_middle_of_a_round_is_full(
     for _ in range(4):
         it.look(is_busy=False, wanted=3)
         assert len(it.claim(wanted)) == 3
+    it.looking.stop()
+
+
+def test_what_ended_since_it_was_looked_for_is_free(
+    bench: LimitBench, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next lanes are looked for while those before are claimed; on SQLite, where claims wait for one another, they are not."""
+    monkeypatch.setattr(limiting, "LANES", 4)
+    wanted = Wanted(bench.worker(), ["charge"], (), {}, 4)
+    looked: list[str] = []
+    original = limiting.Limiting._find
+
+    def find(self: limiting.Limiting, after: str) -> Found:
+        found = original(self, after)
+        looked.append(threading.current_thread().name)
+        return found
+
+    monkeypatch.setattr(limiting.Limiting, "_find", find)
+    it = limiting_of(bench, Charge)
+    monkeypatch.setattr(it, "_newest_at", math.inf)
+    bench.add_limited(Charge(6), Charge(6))
+    it.look(is_busy=False)
+    (held,) = it.claim(wanted)
+    bench.add_limited(*(Charge(n) for n in (1, 2, 3, 4, 5, 7)))
+    it.forget()
+    it.look(is_busy=False)
+    until(lambda: len(looked) == 3 or database.name == "sqlite")
+    bench.do(lambda session: transitions.complete(session, held))
+    it.disowned([Run(held)])
+    for accounts in (1, 2, 3, 4), (5, 6, 7):
+        it.look(is_busy=False)
+        claims = it.claim(wanted)
+        assert sorted(json.loads(claim.payload)["account"] for claim in claims) == [*accounts]
+    assert ("sajobs-look" in looked) == (database.name != "sqlite")
+    it.looking.stop()
+
+
+def test_what_was_looked_for_ahead_is_believed_for_a_moment_and_where_the_round_is() -> None:
+    def look(after: str) -> Found:
+        if after == "fails":
+            raise ConnectionError
+        return Found(after, "", [], False, time.monotonic() - 2 * BELIEVED * (after == "late"))
+
+    ahead = Ahead(look)
+    assert ahead.take("b") is None
+    for asked, taken in ("a", "b"), ("fails", "fails"), ("late", "late"):
+        ahead.ask(asked)
+        assert ahead.take(taken) is None
+    ahead.ask("b")
+    found = ahead.take("b")
+    assert found is not None and found.after == "b"
+    assert ahead.take("b") is None
+    ahead.loop.stop()
 
 
 def test_a_claim_waits_a_moment_for_the_slots_of_quick_jobs(bench: LimitBench) -> None:
