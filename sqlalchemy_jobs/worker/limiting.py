@@ -106,7 +106,7 @@ class Limiting:
         self._ours: dict[uuid.UUID, str] = {}
         self._freed: deque[str] = deque()
         self._freed_since: Counter[str] = Counter()
-        """How many runs of a key have ended since a look ahead was asked for."""
+        """How many runs of a key have ended since the last look, and so since one ahead was asked for."""
         self._ahead = Ahead(self._find)
         self._rest_until: dict[str, float] = {}
         """Until when queues that have limits themselves let nothing begin, as far as is known."""
@@ -257,8 +257,8 @@ class Limiting:
             lanes = [each for each in newest.lanes if each.key not in self._blocked]
             self._take_in(newest._replace(lanes=lanes))
             self._newest_at = time.monotonic() + SWEEP / 5
+        self._freed_since.clear()
         if self._cursor and self._open and not self._control.dialect.one_writer:
-            self._freed_since.clear()
             self._ahead.ask(self._cursor)
         now = time.monotonic()
         took = now - began_at
