@@ -90,8 +90,10 @@ def perform(
             raise
         held_since = watch.began_at
         goes_along = watch.completes_by_its_commit(transition)
-        if not goes_along and not transition(session, run.claim):
-            raise LeaseLost(_NOT_OURS.format(run.job_id))
+        if not goes_along:
+            if not transition(session, run.claim):
+                raise LeaseLost(_NOT_OURS.format(run.job_id))
+            watch.undo_a_refused_commit()
         watch.settling = True
         try:
             session.commit()

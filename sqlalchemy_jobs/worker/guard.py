@@ -10,11 +10,11 @@ stand on the Session class, since per-instance listeners cost as much as the res
 
 from __future__ import annotations
 
-import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session, SessionTransaction
@@ -27,10 +27,6 @@ from sqlalchemy_jobs.tables import TO_JOB, jobs
 from sqlalchemy_jobs.worker.handling import Handling
 
 _KEY = "sqlalchemy_jobs.watch"
-_COMMIT = "sqlalchemy_jobs.commit"
-_listening = threading.Lock()
-_listened: WeakSet[Engine] = WeakSet()
-"""The engines whose commits are listened to: to ask SQLAlchemy costs more than the rest."""
 
 
 class Watch:
@@ -100,15 +96,23 @@ class Watch:
         complete = dialect.completing_commit(connection, self.handling.run.claim)
         if complete is None:
             return False
-        if connection.engine not in _listened:
-            with _listening:  # while one thread begins to listen, another one is told that it does
-                if not event.contains(connection.engine, "commit", _on_commit):
-                    event.listen(connection.engine, "commit", _on_commit)
-                _listened.add(connection.engine)
-        # For this transaction only: should the commit fail before it gets there, others will use the connection.
-        connection.info[_COMMIT] = connection.get_transaction(), complete, self
+        _Events(connection, partial(self._complete, complete))
         self._dialect = dialect
         return True
+
+    def _complete(self, complete: Callable[[], None], connection: Connection) -> None:
+        """Commit by a statement of ours: what the driver sends next finds no transaction."""
+        self.has_completed = True
+        try:
+            complete()
+        except BaseException as error:
+            # As for any statement: wrapped, and a connection that broke, or was cancelled at it, leaves the pool.
+            connection._handle_dbapi_exception(error, "COMMIT", None, None, None)
+
+    def undo_a_refused_commit(self) -> None:
+        """Have a commit roll back when a listener of the engine raises."""
+        if self._connection is not None and self._connection.engine._has_events:
+            _Events(self._connection, lambda connection: None)
 
     def is_lease_lost(self, error: BaseException) -> bool:
         return self._dialect is not None and self._dialect.is_lease_lost(error)
@@ -160,30 +164,41 @@ class Watch:
             )
 
 
+class _Events:
+    """Takes the place of a connection's events until its session returns it: those who listen, and then we.
+
+    A listener at the engine would have SQLAlchemy prepare the events of every statement, for a tenth of what it costs.
+    """
+
+    def __init__(self, connection: Any, on_commit: Callable[[Connection], None]) -> None:
+        self._others = connection.dispatch
+        self._had_events = connection._has_events
+        self._on_commit = on_commit
+        connection.dispatch = self
+        connection._has_events = True
+
+    def commit(self, connection: Connection) -> None:
+        try:
+            if self._had_events or connection.engine._has_events:
+                self._others.commit(connection)
+            self._on_commit(connection)
+        except BaseException:
+            # SQLAlchemy takes a commit that raises for the end of the transaction, and others get the connection.
+            if not connection.invalidated:
+                with suppress(Exception):
+                    connection.connection.rollback()
+            raise
+
+    def __getattr__(self, event: str) -> Any:
+        return getattr(self._others, event)
+
+
 def install() -> None:
     """Put the listeners in place, once in a process."""
     if not event.contains(Session, "before_commit", _before_commit):
         event.listen(Session, "before_commit", _before_commit)
         event.listen(Session, "after_begin", _after_begin)
         event.listen(Session, "after_transaction_end", _after_transaction_end)
-
-
-def _on_commit(connection: Connection) -> None:
-    """Commit by a statement of ours: what the driver sends next finds no transaction."""
-    transaction, complete, watch = connection.info.pop(_COMMIT, (None, None, None))
-    if transaction is not None and transaction is connection.get_transaction():
-        watch.has_completed = True
-        try:
-            complete()
-        except BaseException as error:
-            try:
-                # As for any statement: wrapped, and a connection that broke, or was cancelled at it, leaves the pool.
-                connection._handle_dbapi_exception(error, "COMMIT", None, None, None)
-            finally:
-                # SQLAlchemy takes a commit that raises for the end of the transaction.
-                if not connection.invalidated:
-                    with suppress(Exception):
-                        connection.connection.rollback()
 
 
 def _before_commit(session: Session) -> None:

@@ -98,6 +98,37 @@ def test_what_a_listener_adds_at_the_commit_commits_with_the_run(database: Datab
     assert found(database) == ("succeeded", 0, 2)
 
 
+def test_a_listener_of_the_engine_that_came_later_is_called_before_the_completion(
+    database: Database,
+) -> None:
+    engine = database.engine(pool_size=1, max_overflow=0)
+    app: JobApp[Any, Any] = JobApp(sessionmaker(engine))
+    had_events: list[bool] = []
+
+    def refuse(connection: Any) -> None:
+        raise RuntimeError("not this time")
+
+    @app.handler(Act)
+    def handler(session: Session, payload: Act) -> None:
+        session.add(Effect(note="done"))
+        had_events.append(engine._has_events)
+        if len(had_events) == 2:
+            event.listen(engine, "commit", refuse, once=True)
+
+    with database.session.begin() as session:
+        session.add_all([enqueue(Act(), max_attempts=2) for _ in range(2)])
+    before = engine._has_events  # SQLite's are configured by one
+    assert Worker(app, drain=True, concurrency=1).run()
+    with database.session() as session:
+        jobs = session.scalars(select(Job)).all()
+        assert sorted((job.state, job.failures) for job in jobs) == [
+            ("succeeded", 0),
+            ("succeeded", 1),
+        ]
+        assert len(session.scalars(select(Effect)).all()) == 2
+    assert had_events[:2] == [before] * 2, "SQLAlchemy prepares the events of every statement"
+
+
 def test_a_constraint_that_is_checked_at_the_commit_fails_the_run(database: Database) -> None:
     if database.name != "postgresql":
         pytest.skip("only PostgreSQL defers constraints that tests can make")
