@@ -52,8 +52,11 @@ class Completing:
     """What is known of one connection to the server; it is kept in its ``info``."""
 
     def __init__(self, connection: Connection) -> None:
+        from psycopg import pq
+
         driver: Any = connection.connection.driver_connection
         self._driver = driver
+        self._good = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK)
         self._encoding: str = driver.info.encoding
         self._run_async: Any = None
         if connection.dialect.is_async:
@@ -71,8 +74,8 @@ class Completing:
     def commit(self, schema: str | None, claim: Claim) -> None:
         """Complete the run and commit; raises what the driver does, and nothing is committed then."""
         name, prepare, plain = _of_schema(schema)
-        # UUID objects and a number: nothing is to be escaped.
-        values = claim.job_id, claim.attempt, claim.worker_id
+        # UUIDs and a number: nothing is to be escaped.
+        values = claim.job_id.hex, claim.attempt, claim.worker_id.hex
         if self._is_direct is None:
             session = self._first_value(f"SELECT pg_backend_pid(); {plain % values}; COMMIT")
             self._is_direct = session == str(self._driver.info.backend_pid)
@@ -109,16 +112,15 @@ class Completing:
 
         On a thread in one call. It would take turns with other threads for each part of the answer.
         """
-        from psycopg import pq
-        from psycopg.errors import error_from_result
-
         encoded = statements.encode(self._encoding)
         if self._run_async is not None:
             result = self._run_async(lambda driver: _last_result(driver, encoded))
         else:
             with self._driver.lock:
                 result = self._driver.pgconn.exec_(encoded)
-        if result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK):
+        if result.status not in self._good:
+            from psycopg.errors import error_from_result
+
             raise error_from_result(result)
 
     def _first_value(self, statements: str) -> str:

@@ -18,10 +18,9 @@ import traceback
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 from sqlalchemy import Connection, event
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from sqlalchemy_jobs.errors import RunInterrupted
 from sqlalchemy_jobs.runs import Run
@@ -31,8 +30,8 @@ log = logging.getLogger("sqlalchemy_jobs")
 
 _KEY = "sqlalchemy_jobs.handling"
 _listening = threading.Lock()
-_listened: WeakSet[Pool] = WeakSet()
-"""The pools whose check-ins are listened to: to ask SQLAlchemy costs more than the rest."""
+_NOBODY = ()
+"""Uses a connection whose check-ins are listened to: to ask SQLAlchemy costs more than the rest."""
 
 
 class Handling(ABC):
@@ -123,18 +122,19 @@ class ThreadHandling(Handling):
         self._cancellable: list[Any] = []
 
     def uses(self, connection: Connection) -> None:
-        if connection.info.get(_KEY):
+        info = connection.info
+        if user := info.get(_KEY):
             return
         # A handler may give its connection back while it is at work, for another run to take.
-        if (pool := connection.engine.pool) not in _listened:
+        if user is None:
+            pool = connection.engine.pool
             with _listening:
                 if not event.contains(pool, "checkin", _left):
                     event.listen(pool, "checkin", _left)
-                _listened.add(pool)
         cancellable = self._control.dialect.cancellable(connection)
         with self._lock:
             self._cancellable.append(cancellable)
-        connection.info[_KEY] = (self, cancellable)
+        info[_KEY] = (self, cancellable)
 
     def leaves(self, cancellable: Any) -> None:
         with self._lock:
@@ -161,8 +161,9 @@ class ThreadHandling(Handling):
 
 
 def _left(connection: Any, entry: ConnectionPoolEntry) -> None:
-    handling, cancellable = entry.info.pop(_KEY, (None, None))
-    if handling is not None:
+    if user := entry.info.get(_KEY):
+        entry.info[_KEY] = _NOBODY
+        handling, cancellable = user
         handling.leaves(cancellable)
 
 
