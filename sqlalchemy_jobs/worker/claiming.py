@@ -34,6 +34,8 @@ from sqlalchemy_jobs.worker.wakeup import Wakeup
 
 MOST_SLOTS = 75
 """Percent of the slots that are to be free before a claim, where runs are so quick that it need not wait long."""
+LONGEST_GATHERING = 0.1
+"""Seconds for which it waits for them at most: a claim that took long may have waited itself, for a lock or the network."""
 
 
 @dataclass(slots=True)
@@ -116,8 +118,8 @@ class Claimer:
         self._was_ahead = False
         self._was_full = False
         self._limited_first = False
-        self._gather_until = 0.0
-        """Until when a claim waits for ``MOST_SLOTS``."""
+        self._gather_until = math.inf
+        """Until when the next claim waits for ``MOST_SLOTS``; infinity: it does not."""
 
     def step(self) -> float:
         worker_id = self._lease.worker_id
@@ -133,7 +135,7 @@ class Claimer:
         self._claim_beside_waiting(worker_id)
         step = self._begin(worker_id)
         if step is None:
-            return min(self._wait_for_slots(), self._gathers or math.inf)
+            return min(self._wait_for_slots(), max(self._gather_until - time.monotonic(), 0.0))
         self._claim(step)
         if step.guesses and not step.claims:
             return 0.0  # and then it looks
@@ -189,9 +191,10 @@ class Claimer:
         free, _ = self._slots.room(ahead)
         enough = sum(ahead.values()) // 2
         most = self._slots.total * MOST_SLOTS // 100
-        if not ahead and free < most and self._gathers:
+        if not ahead and free < most and time.monotonic() < self._gather_until < math.inf:
             self._slots.wake_at = self._slots.total - most
             return None
+        self._gather_until = math.inf
         if free <= enough:
             if ahead:
                 self._slots.wake_at = self._slots.total + enough
@@ -210,11 +213,6 @@ class Claimer:
             had_marks=self._lanes.has_marks,
             ended=self._slots.all_ended(),
         )
-
-    @property
-    def _gathers(self) -> float:
-        """Seconds for which a claim still waits for more slots."""
-        return max(self._gather_until - time.monotonic(), 0.0)
 
     def _wait_for_slots(self) -> float:
         self._wakeup.claimed(full=True)
@@ -279,7 +277,7 @@ class Claimer:
         ended = self._slots.all_ended() - step.ended
         if step.limited and ended >= self._slots.total - step.free:
             now = time.monotonic()
-            self._gather_until = now + (now - step.began_at) / 2
+            self._gather_until = now + min((now - step.began_at) / 2, LONGEST_GATHERING)
 
     def _wait(self, step: Step) -> float:
         """Return how long to wait until the next step."""

@@ -735,35 +735,43 @@ def test_what_was_looked_for_ahead_is_believed_for_a_moment_and_where_the_round_
     ahead.loop.stop()
 
 
+class Claiming:
+    """A worker of eight slots, by the steps of its claimer."""
+
+    def __init__(self, bench: LimitBench, wakeup: Wakeup) -> None:
+        app: JobApp[Any, Any] = JobApp(sessionmaker())
+        Counting(app, Charge)
+        controls, pools = Controls(app.handlers), Pools({})
+        self.slots = slots = Slots(8, pools, lambda: None)
+        self.runs: list[Run] = []
+        self.claimer = claiming.Claimer(
+            bench.control,
+            SimpleNamespace(worker_id=bench.worker()),  # type: ignore[arg-type]
+            slots,
+            app.handlers,
+            Settings(),
+            wakeup,
+            lambda: self.runs.extend(iter(slots.next, None)),
+            lambda runs: None,
+            lambda: None,
+            controls,
+            limiting.Limiting(
+                bench.control, slots, app.handlers, pools, controls, 1.0, lambda: None
+            ),
+        )
+
+    def step(self, ended: int, running: int) -> float:
+        for _ in range(ended):
+            self.slots.ended(self.runs.pop(0))
+        wait = self.claimer.step()
+        assert len(self.runs) == running
+        return wait
+
+
 def test_a_claim_waits_a_moment_for_the_slots_of_quick_jobs(bench: LimitBench) -> None:
     """As long as all that was running has ended within the last claim, and for most of the slots only."""
     bench.add_limited(*(Charge(n) for n in range(40)))
-    app: JobApp[Any, Any] = JobApp(sessionmaker())
-    Counting(app, Charge)
-    controls, pools = Controls(app.handlers), Pools({})
-    slots = Slots(8, pools, lambda: None)
-    runs: list[Run] = []
-    claimer = claiming.Claimer(
-        bench.control,
-        SimpleNamespace(worker_id=bench.worker()),  # type: ignore[arg-type]
-        slots,
-        app.handlers,
-        Settings(),
-        Wakeup(1.0, lambda: None),
-        lambda: runs.extend(iter(slots.next, None)),
-        lambda runs: None,
-        lambda: None,
-        controls,
-        limiting.Limiting(bench.control, slots, app.handlers, pools, controls, 1.0, lambda: None),
-    )
-
-    def step(ended: int, running: int) -> float:
-        for _ in range(ended):
-            slots.ended(runs.pop(0))
-        wait = claimer.step()
-        assert len(runs) == running
-        return wait
-
+    step = Claiming(bench, Wakeup(1.0, lambda: None)).step
     step(0, running=8)
     wait = step(2, running=6)
     assert 0 < wait < 1
@@ -772,6 +780,36 @@ def test_a_claim_waits_a_moment_for_the_slots_of_quick_jobs(bench: LimitBench) -
     step(1, running=8)  # seven went on meanwhile
     for ended in (8, 6):
         step(ended, running=8)
+
+
+def test_it_waits_no_longer_where_it_is_held_up_meanwhile(bench: LimitBench) -> None:
+    """Other threads have the interpreter, between its decision to wait and its look at the clock."""
+
+    class Held(Wakeup):
+        def claimed(self, *, full: bool) -> None:
+            time.sleep(claiming.LONGEST_GATHERING)
+
+    bench.add_limited(*(Charge(n) for n in range(40)))
+    step = Claiming(bench, Held(1.0, lambda: None)).step
+    step(0, running=8)
+    assert step(2, running=6) == 0
+    step(0, running=8)
+
+
+def test_a_claim_that_was_held_up_itself_does_not_make_the_next_one_wait_as_long(
+    bench: LimitBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.add_limited(*(Charge(n) for n in range(40)))
+    claim = limiting.Limiting.claim
+
+    def held(*args: Any, **options: Any) -> list[Claim]:
+        time.sleep(4 * claiming.LONGEST_GATHERING)
+        return claim(*args, **options)
+
+    monkeypatch.setattr(limiting.Limiting, "claim", held)
+    step = Claiming(bench, Wakeup(1.0, lambda: None)).step
+    step(0, running=8)
+    assert 0 < step(2, running=6) <= claiming.LONGEST_GATHERING
 
 
 def test_a_cancelled_head_does_not_hold_up_its_key(database: Database) -> None:
