@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT"}
+KEPT = 30.0
+"""Seconds of rest after which a session is not kept: whether its connection is too old, or to be asked first, its pool knows."""
 TRIES = 5
 """How often a transaction that lost against another one is run in all."""
 
@@ -49,8 +51,9 @@ class Control:
         self._engine = _own(engine, durable)
         self._loop = None if isinstance(engine, Engine) else LoopThread("control")
         self._autocommitting = self._engine.execution_options(**_AUTOCOMMIT)
-        self._sessions: deque[Session] = deque()
-        """For ``statements``, each with a connection in autocommit: to make them costs as much as a statement."""
+        self._sessions: deque[tuple[float, Session]] = deque()
+        """For ``statements``, each with the time of its last use and a connection in autocommit: to make them costs as
+        much as a statement."""
         self._level_of_a_statement: str | None = None
 
     def transaction(self, work: Callable[[Session], T]) -> T:
@@ -144,10 +147,7 @@ class Control:
 
     def _in_kept_session(self, work: Callable[[Session], T], pool: QueuePool) -> T:
         """Run ``work`` where each statement commits. The session is told of a commit only if that means anything to it."""
-        try:
-            session = self._sessions.pop()
-        except IndexError:
-            session = Session(self._autocommitting.connect())
+        session = self._kept_session() or Session(self._autocommitting.connect())
         try:
             result = work(session)
             # The bell waits for it, or rows would not be read again.
@@ -159,15 +159,24 @@ class Control:
         if pool.checkedout() >= limit_of(pool):  # somebody may be waiting for it
             _close(session)
             return result
-        self._sessions.append(session)
+        self._sessions.append((time.monotonic(), session))
         if self._closed:
             self._close_sessions()
         return result
 
+    def _kept_session(self) -> Session | None:
+        with suppress(IndexError):  # there is none, or another thread was quicker
+            used_at, session = self._sessions.pop()
+            if time.monotonic() < used_at + KEPT:
+                return session
+            _close(session)
+            self._close_sessions()  # they have rested for longer
+        return None
+
     def _close_sessions(self) -> None:
         while self._sessions:
             with suppress(IndexError):  # another thread was quicker
-                _close(self._sessions.pop())
+                _close(self._sessions.pop()[1])
 
 
 def _close(session: Session) -> None:

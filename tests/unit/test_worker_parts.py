@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from greenlet import getcurrent
-from sqlalchemy import Engine, event, select, text, update
+from sqlalchemy import Engine, event, func, select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, sessionmaker
@@ -25,6 +25,7 @@ from sqlalchemy_jobs import Job, JobApp, Run, WorkerRow, bell, enqueue, job, tra
 from sqlalchemy_jobs.claims import Claim
 from sqlalchemy_jobs.models import Queue
 from sqlalchemy_jobs.tables import queues
+from sqlalchemy_jobs.worker import control as module_of_control
 from sqlalchemy_jobs.worker import executors, slots
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.control import Control
@@ -482,6 +483,22 @@ def test_a_session_that_is_kept_takes_no_connection_from_a_transaction(
     assert len(used) == (3 if size == 1 else 1), (
         "it keeps a session, unless others want its connection"
     )
+    control.close()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_session_that_has_rested_goes_by_the_rules_of_its_pool(
+    postgresql: Database, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    """Such as ``pool_pre_ping`` and ``pool_recycle``: what lies between may have dropped a connection that was silent."""
+    make = postgresql.async_engine if is_async else postgresql.engine
+    control = Control(make(pool_pre_ping=True), Availability())
+    monkeypatch.setattr(module_of_control, "KEPT", 0.0)
+
+    backend = control.statements(lambda session: session.scalar(select(func.pg_backend_pid())))
+    with postgresql.session.begin() as session:
+        session.execute(select(func.pg_terminate_backend(backend)))
+    assert control.statements(lambda session: session.scalar(select(1))) == 1
     control.close()
 
 
