@@ -225,8 +225,9 @@ class Claimer:
         if not step.ahead and not step.guesses:
             step.limited = self._claim_limited(step.worker_id, step.share)
         if sees_due:
+            work = partial(self._claim_unlimited, step=step)
             step.claims, step.asked = self._reconciling.claim(
-                lambda session: self._claim_unlimited(session, step)
+                partial(self._control.statements, work)
             )
         else:
             self._slots.wake_at = -1  # no slot that is given up would let it claim more
@@ -373,7 +374,8 @@ class Claimer:
         return replace(wanted, shares=shares) if shares else wanted
 
     def _claim_more(self, wanted: Wanted) -> list[Claim]:
-        return self._reconciling.claim(partial(transitions.claim, wanted=wanted))
+        work = partial(transitions.claim, wanted=wanted)
+        return self._reconciling.claim(partial(self._control.statements, work))
 
     def _claim_limited(
         self, worker_id: uuid.UUID, most: int, *, beside_waiting: bool = False
@@ -389,7 +391,9 @@ class Claimer:
         if self._must_heed:
             self._control.statements(self._heed)
         wanted = self._wanted(worker_id, most)
-        claims = self._limiting.claim(wanted, beside_waiting=beside_waiting)
+        claims = self._reconciling.claim(
+            partial(self._limiting.claim, wanted, beside_waiting=beside_waiting)
+        )
         self._started(claims, first=beside_waiting)
         queues = self._controls.limited_queues
         for queue in random.sample(queues, len(queues)):
@@ -405,7 +409,7 @@ class Claimer:
     def _claim_suspect(self, worker_id: uuid.UUID) -> list[Claim]:
         """Claim and start a job that counts against limits and must run alone."""
         wanted = replace(self._wanted(worker_id, 1), suspects=True)
-        claims = self._limiting.claim_suspect(wanted)
+        claims = self._reconciling.claim(partial(self._limiting.claim_suspect, wanted))
         for queue in self._controls.limited_queues:
             lanes = self._lanes.limited_of(queue)
             if not claims:

@@ -9,8 +9,6 @@ import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
-from sqlalchemy.orm import Session
-
 from sqlalchemy_jobs import transitions
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.slots import Slots
@@ -35,10 +33,10 @@ class Reconciling:
         self._losses_seen = 0
         self._has_claimed = False
 
-    def claim(self, work: Callable[[Session], T]) -> T:
+    def claim(self, work: Callable[[], T]) -> T:
         """Claim; what raises may have claimed all the same, where each statement is a transaction of its own."""
         try:
-            return self._control.statements(work)
+            return work()
         except BaseException:
             self._reconciled_at = -math.inf
             raise

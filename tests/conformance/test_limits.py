@@ -48,7 +48,7 @@ from sqlalchemy_jobs.limits import Numbers, Rate
 from sqlalchemy_jobs.models import LimitRow
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.tables import limits
-from sqlalchemy_jobs.worker import claiming, limiting, speed
+from sqlalchemy_jobs.worker import claiming, limiting, reconciling, speed
 from sqlalchemy_jobs.worker.controls import Controls
 from sqlalchemy_jobs.worker.looking import BELIEVED, Ahead, Found
 from sqlalchemy_jobs.worker.pools import Pools
@@ -810,6 +810,31 @@ def test_a_claim_that_was_held_up_itself_does_not_make_the_next_one_wait_as_long
     step = Claiming(bench, Wakeup(1.0, lambda: None)).step
     step(0, running=8)
     assert 0 < step(2, running=6) <= claiming.LONGEST_GATHERING
+
+
+def test_what_a_claim_with_limits_has_claimed_is_given_back_when_it_raises(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one round trip it is committed by then."""
+    claim_of, raised = limiting.Limiting._claim_of, threading.Event()
+
+    def once(*args: Any) -> dict[str, list[Claim]]:
+        found = claim_of(*args)
+        if found and not raised.is_set():
+            raised.set()
+            raise RuntimeError("after the claim")
+        return found
+
+    monkeypatch.setattr(limiting.Limiting, "_claim_of", once)
+    monkeypatch.setattr(reconciling, "RECONCILE", 3600.0)
+    monkeypatch.setattr(reconciling, "IDLE_RECONCILE", 3600.0)
+    app: JobApp[Any, Any] = JobApp(database.sessions())
+    done = threading.Event()
+    app.handler(Charge)(lambda session, payload: done.set())
+    with app.worker(concurrency=1):
+        add(database, Charge(1))
+        assert done.wait(20)
+    assert raised.is_set()
 
 
 def test_a_cancelled_head_does_not_hold_up_its_key(database: Database) -> None:
