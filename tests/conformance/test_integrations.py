@@ -765,7 +765,9 @@ def test_an_eager_task_factory_does_not_close_sessions_within_the_run(
             called.append(payload.note)
             if len(called) == count:
                 ended.set()
-            raise Fail("on purpose")  # the session has a transaction to roll back, and a connection to close
+            raise Fail(
+                "on purpose"
+            )  # the session has a transaction to roll back, and a connection to close
 
         await asyncio.to_thread(add, database, *[Async()] * count)
         async with app.worker(**EMBEDDED):
