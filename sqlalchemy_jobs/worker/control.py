@@ -154,7 +154,7 @@ class Control:
             if session.info or session.identity_map:
                 session.commit()
         except BaseException:
-            _close(session)
+            _drop(session)
             raise
         if pool.checkedout() >= limit_of(pool):  # somebody may be waiting for it
             _close(session)
@@ -180,9 +180,16 @@ class Control:
 
 
 def _close(session: Session) -> None:
-    connection = session.get_bind()
+    connection = cast(Connection, session.get_bind())
     session.close()
-    cast(Connection, connection).close()
+    connection.close()
+
+
+def _drop(session: Session) -> None:
+    """Close a session of which it is not known how far its connection got; that does not go back to the pool."""
+    with suppress(Exception):  # what matters is what was raised before
+        cast(Connection, session.get_bind()).invalidate()
+        _close(session)
 
 
 def direct(engine: Engine | AsyncEngine, url: str | URL | None) -> Engine | AsyncEngine:

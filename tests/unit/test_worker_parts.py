@@ -502,6 +502,24 @@ def test_a_session_that_has_rested_goes_by_the_rules_of_its_pool(
     control.close()
 
 
+def test_a_session_whose_connection_is_in_the_midst_of_something_is_not_kept(
+    postgresql: Database,
+) -> None:
+    control = Control(postgresql.engine(pool_size=1, max_overflow=0), Availability())
+
+    def break_off(session: Session) -> None:
+        driver: Any = session.connection().connection.driver_connection
+        driver.pgconn.enter_pipeline_mode()
+        driver.pgconn.send_query_params(b"SELECT 1", None)
+        raise LookupError("this is what matters")
+
+    for _ in range(2):
+        with pytest.raises(LookupError):
+            control.statements(break_off)
+        assert control.statements(lambda session: session.scalar(select(1))) == 1
+    control.close()
+
+
 class Sleeper:
     woken = 0
 
