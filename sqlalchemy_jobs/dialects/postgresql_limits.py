@@ -210,6 +210,10 @@ class PostgreSQLLimits(LimitStatements):
                 cursor.execute(plain, values)
             rows = in_utc(cursor.fetchall())
         except BaseException as error:
+            if (
+                cursor.connection.pgconn.pipeline_status
+            ):  # it broke in the midst: nothing else can be sent
+                cursor.connection.close()
             connection._handle_dbapi_exception(error, plain, values, None, None)
         return _by_key(wanted, rows)
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
 from sqlalchemy import create_engine, func, select, text, update
@@ -346,6 +347,26 @@ def test_a_claim_that_fails_in_its_one_round_trip_commits_nothing(
         other.rollback()
         assert len(bench.claim_of(worker, "three")) == 3
     engine.dispose()
+    bench.control.close()
+
+
+def test_a_connection_that_cannot_leave_the_round_trip_counts_as_broken(
+    postgresql: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has said that it ends the session, and the connection is not closed yet."""
+
+    def cannot(pipeline: Any, error: BaseException | None) -> None:
+        raise psycopg.OperationalError("cannot exit pipeline mode while busy")
+
+    bench = LimitBench(postgresql)
+    bench.add_limited(Three())
+    worker = bench.worker()
+    with monkeypatch.context() as patch:
+        patch.setattr(psycopg.Pipeline, "_exit", cannot)
+        with pytest.raises(OperationalError, match="while busy") as caught:
+            bench.claim_of(worker, "three")
+    assert caught.value.connection_invalidated
+    assert bench.control.availability.losses == 1 and not bench.control.availability.away
     bench.control.close()
 
 
