@@ -65,6 +65,15 @@ class Insert:
     n: int
 
 
+@job("limited_insert", limit=Limit(concurrency=MOST_LIMITED, key="key"))
+@dataclass(frozen=True)
+class LimitedInsert:
+    """The same, beside others of its key up to a limit."""
+
+    key: str
+    n: int
+
+
 @job("burn")
 @dataclass(frozen=True)
 class Burn:
@@ -95,7 +104,7 @@ def limited(session: Session, payload: Limited) -> None:
     called()
 
 
-def insert(session: Session, payload: Insert) -> None:
+def insert(session: Session, payload: Insert | LimitedInsert) -> None:
     called()
     session.add(Entry(number=payload.n))
 
@@ -172,6 +181,7 @@ elif URL_OF in os.environ:
     jobs.handler(Noop)(noop)
     jobs.handler(Limited)(limited)
     jobs.handler(Insert)(insert)
+    jobs.handler(LimitedInsert)(insert)
     jobs.handler(Burn)(burn)
     jobs.handler(Nap)(nap)
     jobs.handler(Tick)(tick)

@@ -11,7 +11,7 @@ from functools import partial
 from sqlalchemy import URL, delete, update
 from sqlalchemy.orm import Session
 
-from benchmarks.app import MOST_LIMITED, Limited, Noop
+from benchmarks.app import MOST_LIMITED, Insert, Limited, LimitedInsert, Noop
 from benchmarks.common import (
     Database,
     Options,
@@ -87,12 +87,18 @@ def blocked(options: Options, server: URL) -> Results:
     return table
 
 
-def unbound(options: Options, server: URL, at_once: int, wanted: float | None) -> Results:
+def unbound(
+    options: Options,
+    server: URL,
+    at_once: int,
+    wanted: float | None,
+    what: str = "no-op jobs",
+    free: Callable[[int], object] = Noop,
+    bound: Callable[[str, int], object] = Limited,
+) -> Results:
     count = options.size(10_000, 300)
     payloads: dict[str, Callable[[int], object]] = {
-        f"{keys:,} {'key' if keys == 1 else 'keys'}": lambda n, keys=keys: Limited(  # type: ignore[misc]
-            str(n % keys), n
-        )
+        f"{keys:,} {'key' if keys == 1 else 'keys'}": lambda n, keys=keys: bound(str(n % keys), n)  # type: ignore[misc]
         for keys in (1, 200, 10_000)
     }
     with database(server) as ours:
@@ -100,11 +106,11 @@ def unbound(options: Options, server: URL, at_once: int, wanted: float | None) -
             options.rounds,
             {
                 name: partial(limited, ours, count, at_once, payload)
-                for name, payload in {"no limit": Noop, **payloads}.items()
+                for name, payload in {"no limit": free, **payloads}.items()
             },
         )
         table = Results(
-            f"limits: drain {count:,} no-op jobs with a limit that does not bind, {at_once} at once",
+            f"limits: drain {count:,} {what} with a limit that does not bind, {at_once} at once",
             "By one worker, against the same jobs without a limit.",
             machine(options, ours.engine, "psycopg"),
         )
@@ -119,6 +125,8 @@ def answer(options: Options) -> Iterator[Results]:
         yield unbound(options, server, MANY_SLOTS, 0.5)
         yield unbound(options, server, MOST_SLOTS, None)
         yield unbound(options, server, SLOTS, None)
+        work = "jobs that insert an ORM row"
+        yield unbound(options, server, SLOTS, 0.5, work, Insert, LimitedInsert)
 
 
 if __name__ == "__main__":
