@@ -25,9 +25,10 @@ from sqlalchemy_jobs.errors import RunInterrupted
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.tables import TO_JOB
 from sqlalchemy_jobs.worker.control import Control
-from sqlalchemy_jobs.worker.executors import Opened, Reserve, Supervisor, Work
+from sqlalchemy_jobs.worker.executors import Supervisor, Work
 from sqlalchemy_jobs.worker.handling import Handling
 from sqlalchemy_jobs.worker.loops import LoopThread
+from sqlalchemy_jobs.worker.opening import Opened, Reserve
 
 T = TypeVar("T")
 

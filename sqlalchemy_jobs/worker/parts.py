@@ -19,7 +19,7 @@ from sqlalchemy_jobs.worker.claiming import Claimer
 from sqlalchemy_jobs.worker.control import Control, direct
 from sqlalchemy_jobs.worker.controls import Controls
 from sqlalchemy_jobs.worker.execution import Transition
-from sqlalchemy_jobs.worker.executors import Supervisor, Threads, Work
+from sqlalchemy_jobs.worker.executors import Supervisor, Work
 from sqlalchemy_jobs.worker.handling import Handling
 from sqlalchemy_jobs.worker.leases import Lease, own_name
 from sqlalchemy_jobs.worker.limiting import Limiting
@@ -36,6 +36,7 @@ from sqlalchemy_jobs.worker.scheduling import Scheduler
 from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.settling import Settler
 from sqlalchemy_jobs.worker.slots import Slots
+from sqlalchemy_jobs.worker.threads import Threads
 from sqlalchemy_jobs.worker.timeouts import GRACE, Timeouts
 from sqlalchemy_jobs.worker.wakeup import Wakeup
 

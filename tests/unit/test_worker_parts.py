@@ -26,17 +26,19 @@ from sqlalchemy_jobs.claims import Claim
 from sqlalchemy_jobs.models import Queue
 from sqlalchemy_jobs.tables import queues
 from sqlalchemy_jobs.worker import control as module_of_control
-from sqlalchemy_jobs.worker import executors, slots
+from sqlalchemy_jobs.worker import slots, threads
 from sqlalchemy_jobs.worker.availability import Availability, is_lost
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.event_loop import Greenlet
-from sqlalchemy_jobs.worker.executors import Opened, Supervisor, Threads, Work
+from sqlalchemy_jobs.worker.executors import Supervisor, Work
 from sqlalchemy_jobs.worker.leases import Lease, register, unregister
 from sqlalchemy_jobs.worker.loops import Loop
 from sqlalchemy_jobs.worker.maintenance import Maintenance
+from sqlalchemy_jobs.worker.opening import Opened
 from sqlalchemy_jobs.worker.pools import Pools
 from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.slots import Slots
+from sqlalchemy_jobs.worker.threads import Threads
 from sqlalchemy_jobs.worker.timeouts import Timeouts
 from tests.databases import Database
 
@@ -1149,7 +1151,7 @@ def test_one_run_at_a_time_needs_few_threads(pool_of: Callable[..., Pool]) -> No
 def test_a_run_is_started_that_comes_when_a_thread_has_just_looked_for_it_in_vain(
     pool_of: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(executors, "QUICK", 10.0)  # the thread takes all there is
+    monkeypatch.setattr(threads, "QUICK", 10.0)  # the thread takes all there is
     comes: list[None] = []
     waits: list[None] = []
 
