@@ -74,6 +74,9 @@ class Scene:
 
     def shown(self, job_id: uuid.UUID) -> Shown:
         with self.sessions() as session:
+            if session.get_bind().dialect.name != "sqlite":  # there any transaction sees one state
+                # The server may still be at the commit of a process that is dead.
+                session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             row = session.get_one(Job, job_id)
             outcomes = session.scalars(
                 select(Attempt.outcome).where(Attempt.job_id == job_id).order_by(Attempt.attempt)
