@@ -391,6 +391,7 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         original(engine)  # it begins SQLite's transactions, which a read-only one cannot
 
     monkeypatch.setattr(control, "_set_up", set_up)
+    monkeypatch.setattr(control, "KEPT", 0.0)  # a session that is kept has begun before
     yield refusing
     refusing.clear()
 
