@@ -70,9 +70,12 @@ def _call_what_comes(function: Callable[[], object]) -> None:
 class Async:
     """In a greenlet on the event loop."""
 
-    def __init__(self, sessions: AsyncSessions, tasks: Mapping[Run, asyncio.Task[None]]) -> None:
+    def __init__(
+        self, sessions: AsyncSessions, tasks: Mapping[Run, asyncio.Task[None]], *, is_guest: bool
+    ) -> None:
         self._sessions = sessions
         self._tasks = tasks
+        self._is_guest = is_guest
         self._reserve = Reserve(AsyncSession)
         self._closing: set[asyncio.Future[None]] = set()  # the loop itself refers to them weakly
 
@@ -97,20 +100,21 @@ class Async:
         return lambda payload: await_only(handler.function(argument, payload))
 
     def handling(self, run: Run, control: Control) -> Handling:
-        return TaskHandling(run, self._tasks[run])
+        return TaskHandling(run, self._tasks[run], is_guest=self._is_guest)
 
     def block(self, function: Callable[[], T]) -> T:
         return await_only(asyncio.to_thread(function))
 
 
 class TaskHandling(Handling):
-    """As a task: it is cancelled, at what it awaits."""
+    """As a task: it is cancelled, at what it awaits. ``is_guest``: on a loop of the application, which may end, too."""
 
-    __slots__ = ("_task",)
+    __slots__ = ("_is_guest", "_task")
 
-    def __init__(self, run: Run, task: asyncio.Task[None]) -> None:
+    def __init__(self, run: Run, task: asyncio.Task[None], *, is_guest: bool) -> None:
         super().__init__(run)
         self._task = task
+        self._is_guest = is_guest
 
     def _reach(self) -> None:
         with suppress(RuntimeError):  # the loop is closed
@@ -129,6 +133,11 @@ class TaskHandling(Handling):
     def _is_it(self, error: BaseException | None) -> bool:
         return isinstance(error, (asyncio.CancelledError, RunInterrupted))
 
+    def is_cancellation(self, error: BaseException, run: Run) -> bool:
+        # Else the handler itself has cancelled its task, or something that it awaits: that fails, as often as it is tried.
+        is_from_outside = run.should_stop or (self._is_guest and self._task.cancelling() > 0)
+        return isinstance(error, asyncio.CancelledError) and is_from_outside
+
 
 class EventLoop:
     """Runs async handlers as tasks: on the application's running loop, or on one of its own."""
@@ -142,7 +151,7 @@ class EventLoop:
     ) -> None:
         self._supervisor = supervisor
         self._cancellable: dict[Run, asyncio.Task[None]] = {}
-        self._colour = Async(sessions, self._cancellable)
+        self._colour = Async(sessions, self._cancellable, is_guest=loop is not None)
         self._sessions = sessions
         self._next_work = next_work
         self._own = LoopThread("loop") if loop is None else None

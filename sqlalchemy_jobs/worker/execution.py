@@ -261,20 +261,6 @@ def lost_or_changed(run: Run, *, still_owned: bool) -> HandlerChangedItsJob | No
     )
 
 
-def is_cancellation(error: BaseException, run: Run) -> bool:
-    """Tell whether an async run was cancelled from outside: by the worker, or with its loop.
-
-    A CancelledError that comes out of something that the handler itself cancelled is the handler's own.
-    """
-    if not isinstance(error, asyncio.CancelledError):
-        return False
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # a handler on a thread
-        return False
-    return run.should_stop or (task is not None and task.cancelling() > 0)
-
-
 def _name_of(cls: type[BaseException]) -> str:
     module = "" if cls.__module__ == "builtins" else f"{cls.__module__}."
     return f"{module}{cls.__qualname__}"[:200]

@@ -124,7 +124,7 @@ class Supervisor:
         try:
             if handling.interrupted and not run.timed_out:
                 return execution.released("the worker stopped")
-            if not run.timed_out and execution.is_cancellation(error, run):
+            if not run.timed_out and handling.is_cancellation(error, run):
                 return execution.released("its task was cancelled")
             return execution.classify_error(error, run, handler.declaration)
         except Exception:

@@ -105,6 +105,10 @@ class Handling(ABC):
     def uses(self, connection: Connection) -> None:
         """Take note of a connection on which the handler's statements run."""
 
+    def is_cancellation(self, error: BaseException, run: Run) -> bool:
+        """Tell whether this came out of a run since it was cancelled from outside: by the worker, or with its loop."""
+        return False
+
     def where(self) -> str | None:
         """Return the stack of a handler that hangs, if it can be seen."""
         return None

@@ -802,6 +802,24 @@ def test_a_task_of_a_handler_does_not_end_the_workers_own_loop(
     assert problems(sqlite) == [f"{error.__name__}: "]
 
 
+def test_a_handler_that_cancels_its_own_task_fails(database: Database) -> None:
+    """On a loop of the worker's own nobody else does; given back it would run again at once, for ever."""
+    app = JobApp(async_sessionmaker(async_engine(database, DRIVERS[database.name][0])))
+
+    @app.handler(Async)
+    async def handle(session: AsyncSession, payload: Async) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await session.execute(select(1))
+
+    with database.session.begin() as session:
+        session.add(enqueue(Async(), max_attempts=1))
+    drain(app)
+    assert states(database) == [JobState.FAILED]
+    assert problems(database) == ["asyncio.exceptions.CancelledError: "]
+
+
 def test_sync_with_is_refused_with_async_handlers_under_a_running_loop(sqlite: Database) -> None:
     async def main() -> None:
         engine = async_engine(sqlite, DRIVERS[sqlite.name][0])
