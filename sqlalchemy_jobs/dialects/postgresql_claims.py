@@ -33,7 +33,8 @@ from sqlalchemy_jobs.tables import TO_JOB, jobs, limits, schema_of, workers
 
 # The due jobs of each lane are locked in the innermost query: a sort or a UNION above it would lock more than
 # is returned. The uncorrelated ARRAY is estimated at ten rows, so the plan is the same with absent,
-# empty or wrong statistics. The worker's row is locked so that whoever declares it dead waits for this
+# empty or wrong statistics. Nor does the planner see the kinds: by statistics that know none of them it would read the whole
+# lane and sort it. The worker's row is locked so that whoever declares it dead waits for this
 # claim, or is seen by it. A claim lost in a crash of the server is harmless, so it need not be flushed;
 # set_config(..., true) ends with the transaction and does not leak through a pooler. now(), not
 # clock_timestamp(): only a stable function can be a bound of the scan.
@@ -62,7 +63,7 @@ WHERE id = ANY (ARRAY(
       WHERE job.state = 'ready' AND job.limit_key IS NULL
         AND job.queue = lane.queue AND job.priority = lane.priority AND job.run_at <= now()
         AND (job.run_at, job.id) >= (coalesce(lane.run_at, '-infinity'), coalesce(lane.id, '{first_id}'))
-        AND job.kind = ANY (CAST(:kinds AS varchar[]))
+        AND job.kind = ANY (ARRAY(SELECT unnest(CAST(:kinds AS varchar[]))))
         AND (job.crashes = 0 OR NOT :ahead)
         AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
         {and_keys_are_free}

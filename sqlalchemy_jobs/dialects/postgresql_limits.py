@@ -114,7 +114,7 @@ WHERE id = ANY (ARRAY(
         SELECT job.id FROM {jobs} job
         WHERE job.state = 'ready' AND job.limit_key IS NOT NULL AND job.limit_key = limited.limit_key
           AND job.queue = limited.queue AND job.priority = lane.priority AND job.run_at <= now()
-          AND job.kind = ANY (CAST(:kinds AS varchar[]))
+          AND job.kind = ANY (ARRAY(SELECT unnest(CAST(:kinds AS varchar[]))))
           AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
           {and_keys_are_free}
         ORDER BY job.run_at, job.id LIMIT free.room FOR NO KEY UPDATE SKIP LOCKED) job
