@@ -138,6 +138,8 @@ class Maintenance:
         rescued = self._control.transaction(
             lambda session: transitions.rescue(session, other.id, other.heartbeat_at)
         )
+        if len(rescued or ()) == transitions.RESCUE_BATCH:
+            self._next_sweep = 0.0  # there may be more than one transaction brings back
         self._next_sweep = min(self._next_sweep, time.monotonic() + SWEEP)  # for what it left
         if rescued is None:
             self._tell_of_shield(other)
@@ -155,13 +157,16 @@ class Maintenance:
             )
 
     def _sweep(self) -> bool:
-        """Rescue what the dead have left behind; True when there was any: it comes in batches."""
+        """Rescue what the dead have left behind; True when there was any: some may be locked."""
         orphaning = self._control.statements(transitions.orphaning_workers)
         for worker_id in orphaning:
-            orphans = self._control.transaction(
-                lambda session, v=worker_id: transitions.rescue_orphans(session, v)  # type: ignore[misc]
-            )
-            self._tell(f"worker {worker_id} is gone", orphans)
+            is_full = True
+            while is_full:
+                orphans = self._control.transaction(
+                    lambda session, v=worker_id: transitions.rescue_orphans(session, v)  # type: ignore[misc]
+                )
+                self._tell(f"worker {worker_id} is gone", orphans)
+                is_full = len(orphans) == transitions.RESCUE_BATCH
         return bool(orphaning)
 
     def _tell(self, what: str, rescued: Mapping[uuid.UUID, JobState]) -> None:

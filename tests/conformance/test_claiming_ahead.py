@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -19,7 +20,9 @@ from sqlalchemy_jobs.claims import Claim, Wanted
 from sqlalchemy_jobs.worker import claiming, lanes, reconciling, speed
 from sqlalchemy_jobs.worker.controls import Controls
 from sqlalchemy_jobs.worker.lanes import Lanes
+from sqlalchemy_jobs.worker.maintenance import Maintenance
 from sqlalchemy_jobs.worker.pools import Pools
+from sqlalchemy_jobs.worker.settings import Settings
 from tests.conformance.test_transitions import Bench
 from tests.databases import Database
 from tests.waiting import until
@@ -142,6 +145,23 @@ def test_a_last_attempt_that_may_not_have_begun_is_made_again(database: Database
     (claim,) = bench.claim_ahead(ahead=False)
     bench.die(claim)
     assert bench.one().state == JobState.FAILED
+    bench.control.close()
+
+
+def test_all_that_a_dead_worker_had_claimed_ahead_comes_back_at_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be more than one transaction brings back."""
+    monkeypatch.setattr(transitions, "RESCUE_BATCH", 2)
+    bench = AheadBench(database)
+    add(database, *(Quick(n) for n in range(7)))
+    claims = bench.claim_ahead()
+    seen = bench.heartbeat(claims[0].worker_id)
+    bench.do(lambda session: transitions.rescue(session, claims[0].worker_id, seen))
+    assert states(database) == {"running": 5, "ready": 2}
+    lease: Any = SimpleNamespace(has_company=False, worker_id=None)
+    Maintenance(bench.control, lease, timedelta(minutes=5), {}, Settings(), lambda: None).step()
+    assert states(database) == {"ready": 7}
     bench.control.close()
 
 
