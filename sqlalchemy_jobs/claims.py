@@ -62,6 +62,8 @@ class LimitedKey(NamedTuple):
     """How many jobs, whatever its limit allows."""
     has_more: bool = True
     """Whether more than one was seen."""
+    may_wait: bool = False
+    """Whether its jobs may be claimed ahead of free slots, as far as the limit has room to spare."""
 
 
 ALONE_FROM = 2
@@ -145,3 +147,14 @@ class Claim(Struct, frozen=True, gc=False):
             return _EPOCH + timedelta(microseconds=self.run_at), self.job_id
         assert self.run_at is not None
         return self.run_at, self.job_id
+
+
+class Swept(NamedTuple):
+    """What a claim of keys has brought that nobody had looked at."""
+
+    claims: Mapping[str, list[Claim]]
+    """By key."""
+    keys: int
+    """Of how many keys it has seen jobs."""
+    last: str
+    """The last of them; "": there is none behind."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,7 @@ from sqlalchemy import bindparam, select, update
 from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import dialects, transitions
-from sqlalchemy_jobs.claims import Claim, LimitedKey, Wanted
+from sqlalchemy_jobs.claims import Claim, LimitedKey, Swept, Wanted
 from sqlalchemy_jobs.columns import server_now
 from sqlalchemy_jobs.limits import Numbers, Starts, key_of_queue
 from sqlalchemy_jobs.tables import TO_JOB, limits
@@ -72,7 +72,9 @@ def claim(session: Session, wanted: Wanted, keys: Sequence[LimitedKey]) -> dict[
             starts[each.key] = began
         if each.key in locked and each.most > 0:
             open_keys.append(each)
-    claims = dialects.of(session).limits.claim(session, wanted, open_keys, now)
+    claims = dialects.of(session).limits.claim(
+        session, wanted, open_keys, None if wanted.ahead else now
+    )
     used = []
     for key in claims.keys() & starts.keys():
         starts[key].add(len(claims[key]))
@@ -90,6 +92,16 @@ def claim_at_once(
     For keys of which only the running jobs count: nothing is reckoned in between.
     """
     return dialects.of(session).limits.claim_at_once(session, wanted, keys)
+
+
+def claim_next(
+    session: Session, wanted: Wanted, after: str, allowed: Mapping[str, int], most: int
+) -> Swept | None:
+    """As ``claim_at_once``, ahead of free slots, for the keys of so many ready jobs behind a key, which nobody has looked at.
+
+    Only of limits with one of these names; each with how many it lets run.
+    """
+    return dialects.of(session).limits.claim_next(session, wanted, after, allowed, most)
 
 
 def claim_queue(

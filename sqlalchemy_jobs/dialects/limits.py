@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from operator import attrgetter
@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs.claims import ALONE_FROM, Claim, LimitedKey, LimitedLane, Wanted
+from sqlalchemy_jobs.claims import ALONE_FROM, Claim, LimitedKey, LimitedLane, Swept, Wanted
 from sqlalchemy_jobs.columns import server_now, utc_datetime
 from sqlalchemy_jobs.dialects.claiming import (
     CLAIMED,
@@ -38,6 +38,8 @@ from sqlalchemy_jobs.tables import IS_RUNNING, TO_JOB, by_id, is_limited, jobs, 
 
 NEWEST = 100
 """Among how many jobs one looks for new ones that count against limits."""
+
+MOST_CRASHES = 2**31 - 1
 
 _LANE = jobs.c["id", "limit_key", "queue", "priority", "run_at", "kind", "crashes"]
 _TAKE = TAKE.values(started_at=bindparam("began_at", type_=utc_datetime()))
@@ -169,7 +171,11 @@ class LimitStatements:
         session.execute(_ADD_KEYS, rows, bind_arguments=TO_JOB)
 
     def claim(
-        self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey], began_at: datetime
+        self,
+        session: Session,
+        wanted: Wanted,
+        keys: Sequence[LimitedKey],
+        began_at: datetime | None,
     ) -> dict[str, list[Claim]]:
         """Lock due jobs of keys whose rows are locked, as many as may run beside those that do; update them all.
 
@@ -183,6 +189,7 @@ class LimitStatements:
             "kinds": wanted.kinds,
             "never_alone": wanted.never_alone,
             "is_suspect": int(wanted.suspects),
+            "most_crashes": 0 if wanted.ahead else MOST_CRASHES,
         }
         ordered = [each.key for each in keys if each.numbers.ordered]
         heads = self._free_heads(session, ordered) if ordered else {}
@@ -226,6 +233,12 @@ class LimitStatements:
         self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey]
     ) -> dict[str, list[Claim]] | None:
         """Lock the rows of keys and claim as above, in one round trip; None: it takes several here."""
+        return None
+
+    def claim_next(
+        self, session: Session, wanted: Wanted, after: str, allowed: Mapping[str, int], most: int
+    ) -> Swept | None:
+        """Go by the keys of so many ready jobs behind a key: lock or make their rows, and claim as above."""
         return None
 
     def running_in(self, session: Session, queue: str) -> int:
@@ -274,6 +287,7 @@ class LimitStatements:
                 jobs.c.queue == bindparam("of_queue"),
                 jobs.c.run_at <= server_now(),
                 jobs.c.kind.in_(bindparam("kinds", expanding=True)),
+                jobs.c.crashes <= bindparam("most_crashes", type_=Integer),
                 case((must_be_alone, literal_column("1")), else_=literal_column("0"))
                 == bindparam("is_suspect", type_=Integer),
             )

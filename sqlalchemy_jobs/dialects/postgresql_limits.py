@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import (
     ARRAY,
+    Connection,
     String,
     TextClause,
     TextualSelect,
@@ -20,9 +21,10 @@ from sqlalchemy import (
     column,
     text,
 )
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from sqlalchemy_jobs.claims import Claim, LimitedKey, LimitedLane, Wanted
+from sqlalchemy_jobs.claims import Claim, LimitedKey, LimitedLane, Swept, Wanted
 from sqlalchemy_jobs.dialects.claiming import CLAIMED, claim_of
 from sqlalchemy_jobs.dialects.limits import LimitStatements
 from sqlalchemy_jobs.dialects.postgresql_claims import (
@@ -60,12 +62,13 @@ SELECT lane.limit_key, queue, priority,
   CAST(extract(epoch FROM run_at - clock_timestamp()) AS float8) AS due, kind, crashes,
   (SELECT count(*) FROM {jobs} job WHERE job.limit_key = lane.limit_key AND {is_running}) AS running,
   CAST(coalesce(extract(epoch FROM known.next_at - clock_timestamp()), 0) AS float8) AS opens,
-  coalesce(known.is_known, false) AS is_known,
+  known.limit_key IS NOT NULL AS is_known,
   EXISTS (SELECT FROM {jobs} job
     WHERE state = 'ready' AND limit_key IS NOT NULL AND job.limit_key = lane.limit_key AND job.queue = lane.queue
       AND job.priority = lane.priority AND (job.run_at, job.id) > (lane.run_at, lane.id)) AS has_more
 FROM lane LEFT JOIN LATERAL (
-  SELECT next_at, true AS is_known FROM {limits} WHERE limit_key = lane.limit_key LIMIT 1) known ON true
+  SELECT limit_key, next_at FROM {limits}
+  WHERE limit_key >= lane.limit_key ORDER BY limit_key LIMIT 1) known ON known.limit_key = lane.limit_key
 ORDER BY lane.number
 """
 _FIRST_OF_KEY_BEHIND = """(SELECT id FROM {jobs} job
@@ -87,11 +90,7 @@ ON CONFLICT DO NOTHING
 _CLAIM_LIMITED = """
 WITH wanted (pool, room) AS MATERIALIZED (
   SELECT * FROM unnest(CAST(:pools AS varchar[]), CAST(:rooms AS int[]))
-), limited (limit_key, pool, queue, most, allowed, first, last) AS MATERIALIZED (
-  SELECT * FROM unnest(CAST(:keys AS varchar[]), CAST(:key_pools AS varchar[]), CAST(:key_queues AS varchar[]),
-    CAST(:mosts AS int[]), CAST(:allowed AS int[]), CAST(:firsts AS int[]), CAST(:lasts AS int[]))
-    AS key (limit_key, pool, queue, most, allowed, first, last) {that_is_locked}
-)
+), limited AS MATERIALIZED ({limited})
 UPDATE {jobs}
 SET state = 'running', attempt = attempt + 1, worker_id = :worker_id, started_at = {began_at},
   unique_slot = CASE WHEN unique_states & {running} <> 0 THEN unique_slot END
@@ -107,7 +106,16 @@ WHERE id = ANY (ARRAY(
         SELECT count(*) FROM {jobs} job WHERE job.limit_key = limited.limit_key AND {is_running})) END) AS room
       OFFSET 0  -- or it would count twice
     ) free
-    CROSS JOIN LATERAL (
+    CROSS JOIN LATERAL ({due_of_key} LIMIT free.room) due
+    WHERE limited.pool = wanted.pool LIMIT wanted.room) taken
+  LIMIT :total))
+RETURNING {claimed}, limit_key
+"""
+_OF_THESE_KEYS = """
+  SELECT * FROM unnest(CAST(:keys AS varchar[]), CAST(:key_pools AS varchar[]), CAST(:key_queues AS varchar[]),
+    CAST(:mosts AS int[]), CAST(:allowed AS int[]), CAST(:firsts AS int[]), CAST(:lasts AS int[]))
+    AS key (limit_key, pool, queue, most, allowed, first, last)"""
+_DUE_IN_LANES = """
       SELECT job.id
       FROM unnest((CAST(:lane_priorities AS smallint[]))[limited.first : limited.last]) AS lane (priority)
       CROSS JOIN LATERAL (
@@ -115,14 +123,10 @@ WHERE id = ANY (ARRAY(
         WHERE job.state = 'ready' AND job.limit_key IS NOT NULL AND job.limit_key = limited.limit_key
           AND job.queue = limited.queue AND job.priority = lane.priority AND job.run_at <= now()
           AND job.kind = ANY (ARRAY(SELECT unnest(CAST(:kinds AS varchar[]))))
+          AND (job.crashes = 0 OR NOT :ahead)
           AND (job.crashes >= {alone_from} AND job.kind <> ALL (CAST(:never_alone AS varchar[]))) = :suspects
           {and_keys_are_free}
-        ORDER BY job.run_at, job.id LIMIT free.room FOR NO KEY UPDATE SKIP LOCKED) job
-      LIMIT free.room) due
-    WHERE limited.pool = wanted.pool LIMIT wanted.room) taken
-  LIMIT :total))
-RETURNING {claimed}, limit_key
-"""
+        ORDER BY job.run_at, job.id LIMIT free.room FOR NO KEY UPDATE SKIP LOCKED) job"""
 # In one round trip the claim must know which rows were locked by the statement before it, and not by somebody else.
 _LOCK = """
 SELECT set_config('sajobs.locked', CAST(ARRAY(
@@ -130,8 +134,76 @@ SELECT set_config('sajobs.locked', CAST(ARRAY(
     SELECT limit_key FROM {limits} WHERE limit_key = key.limit_key LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) locked
   ) AS text), true)
 """
-_THAT_IS_LOCKED = """
+# To read all of a small table for each of two hundred keys is not cheaper; nor is it to read and sort all jobs for the first
+# five hundred, where nothing is known of how many there are.
+_BY_INDEX = (
+    "SELECT set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true)"
+)
+_THAT_ARE_LOCKED = f"""{_OF_THESE_KEYS}
     JOIN unnest(CAST(current_setting('sajobs.locked') AS varchar[])) AS locked (limit_key) USING (limit_key)"""
+
+# The keys of the next ready jobs: their rows are locked, or made where there are none. They are made in the order of the
+# keys, or those who make the same ones would wait for one another. Each of them in one queue here, too: the one whose turn
+# it is, or the next by name.
+_LOCK_NEXT = """
+WITH page AS MATERIALIZED (
+  SELECT limit_key, queue FROM {jobs}
+  WHERE state = 'ready' AND limit_key IS NOT NULL AND limit_key > CAST(:after AS varchar)
+  ORDER BY limit_key LIMIT :most
+), key AS MATERIALIZED (
+  SELECT limit_key, coalesce(min(queue) FILTER (WHERE queue >= CAST(:turn AS varchar)), min(queue)) AS queue
+  FROM page GROUP BY limit_key
+), locked AS MATERIALIZED (
+  SELECT locked.limit_key
+  FROM key CROSS JOIN LATERAL (
+    SELECT limit_key FROM {limits} WHERE limit_key = key.limit_key LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) locked
+  WHERE split_part(key.limit_key, '/', 1) = ANY (CAST(:names AS varchar[]))
+), made AS (
+  INSERT INTO {limits} (limit_key, used_at)
+  SELECT limit_key, clock_timestamp() FROM key
+  WHERE split_part(limit_key, '/', 1) = ANY (CAST(:names AS varchar[]))
+    AND limit_key NOT IN (SELECT limit_key FROM locked)
+  ORDER BY limit_key
+  ON CONFLICT DO NOTHING RETURNING limit_key
+), ours AS (
+  SELECT limit_key FROM locked UNION ALL SELECT limit_key FROM made
+)
+SELECT (SELECT count(*) FROM key),
+  CASE WHEN (SELECT count(*) FROM page) = :most THEN (SELECT max(limit_key) FROM key) END,
+  set_config('sajobs.locked', CAST(coalesce(array_agg(limit_key), '{{}}') AS text), true),
+  set_config('sajobs.queues', CAST(coalesce(array_agg(queue), '{{}}') AS text), true)
+FROM ours JOIN key USING (limit_key)
+"""
+# Whoever makes the row of the same key has it; but one does not wait for somebody who does not come to an end.
+_LOCK_NOT_AVAILABLE = "55P03"
+_BRIEFLY = "SELECT set_config('lock_timeout', '100ms', true)"
+# Half of what a limit lets run is for jobs that begin at once; but where a key has no other job nobody misses it.
+_NEXT_KEYS = """
+  SELECT key.limit_key, queue.pool, queue, key.most, CASE
+    WHEN name.allowed > 1 OR EXISTS (
+      SELECT FROM {jobs} job
+      WHERE state = 'ready' AND limit_key IS NOT NULL AND job.limit_key = key.limit_key OFFSET 1)
+    THEN name.allowed / 2 ELSE name.allowed END AS allowed
+  FROM (
+    SELECT limit_key, queue, CAST(ceil(CAST(:total AS float8) / count(*) OVER ()) AS int) AS most
+    FROM unnest(
+      CAST(current_setting('sajobs.locked') AS varchar[]), CAST(current_setting('sajobs.queues') AS varchar[])
+    ) AS locked (limit_key, queue)) key
+  JOIN unnest(CAST(:names AS varchar[]), CAST(:allowed AS int[])) AS name (name, allowed)
+    ON name.name = split_part(key.limit_key, '/', 1)
+  JOIN unnest(CAST(:queues AS varchar[]), CAST(:queue_pools AS varchar[])) AS queue (queue, pool) USING (queue)"""
+# Limited before it is filtered, or it might read a thousand jobs that are not due.
+_FIRST_OF_KEY = """
+      SELECT job.id
+      FROM (
+        SELECT job.* FROM {jobs} job
+        WHERE job.state = 'ready' AND job.limit_key IS NOT NULL AND job.limit_key = limited.limit_key
+          AND job.queue = limited.queue
+        ORDER BY job.priority, job.run_at, job.id LIMIT free.room FOR NO KEY UPDATE SKIP LOCKED) job
+      WHERE job.run_at <= now() AND job.crashes = 0
+        AND job.kind = ANY (ARRAY(SELECT unnest(CAST(:kinds AS varchar[])))) {and_keys_are_free}"""
+
+_BEGAN_AT = "CASE WHEN NOT :ahead THEN clock_timestamp() END"
 
 
 @cache
@@ -154,11 +226,16 @@ def _lock(schema: str | None) -> str:
 
 
 @cache
+def _lock_next(schema: str | None) -> str:
+    return as_psycopg_takes(text(in_schema(_LOCK_NEXT, schema)))
+
+
+@cache
 def _claim_limited(
-    schema: str | None, free_slots: bool, at_once: bool
+    schema: str | None, free_slots: bool, limited: str, due_of_key: str, began_at: str
 ) -> tuple[TextualSelect, str]:
-    statement = _CLAIM_LIMITED.replace("{that_is_locked}", _THAT_IS_LOCKED if at_once else "")
-    statement = statement.replace("{began_at}", "clock_timestamp()" if at_once else ":began_at")
+    statement = _CLAIM_LIMITED.replace("{limited}", limited).replace("{due_of_key}", due_of_key)
+    statement = statement.replace("{began_at}", began_at)
     return claiming(statement, schema, free_slots, *COLUMNS, column("limit_key"))
 
 
@@ -177,7 +254,11 @@ class PostgreSQLLimits(LimitStatements):
         session.execute(_add_keys(schema_in(session)), {"keys": list(keys)}, bind_arguments=TO_JOB)
 
     def claim(
-        self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey], began_at: datetime
+        self,
+        session: Session,
+        wanted: Wanted,
+        keys: Sequence[LimitedKey],
+        began_at: datetime | None,
     ) -> dict[str, list[Claim]]:
         ordered = [each for each in keys if each.numbers.ordered]
         claims = super().claim(session, wanted, ordered, began_at)
@@ -187,7 +268,9 @@ class PostgreSQLLimits(LimitStatements):
         others = [each for each in keys if not each.numbers.ordered]
         if not others or total <= 0:
             return claims
-        statement, _ = _claim_limited(schema_in(session), wanted.free_slots, False)
+        statement, _ = _claim_limited(
+            schema_in(session), wanted.free_slots, _OF_THESE_KEYS, _DUE_IN_LANES, ":began_at"
+        )
         values = _values(replace(wanted, total=total), rooms, others) | {"began_at": began_at}
         rows = session.execute(statement, values, bind_arguments=TO_JOB).all()
         return claims | _by_key(wanted, rows)
@@ -196,30 +279,73 @@ class PostgreSQLLimits(LimitStatements):
         self, session: Session, wanted: Wanted, keys: Sequence[LimitedKey]
     ) -> dict[str, list[Claim]] | None:
         connection = session.connection(bind_arguments=TO_JOB)
-        if connection.dialect.is_async or not (is_psycopg(connection) and _has_pipeline()):
+        if not _is_at_once(connection):
             return None
         schema = schema_of(connection)
-        _, plain = _claim_limited(schema, wanted.free_slots, True)
+        _, plain = _claim_limited(
+            schema, wanted.free_slots, _THAT_ARE_LOCKED, _DUE_IN_LANES, _BEGAN_AT
+        )
         values = _values(wanted, wanted.rooms(), keys)
-        cursor = plain_cursor(connection)
+        lock = _lock(schema), {"keys": values["keys"]}
+        rows = _at_once(connection, lock, (plain, values))[-1]
+        return _by_key(wanted, in_utc(rows))
+
+    def claim_next(
+        self, session: Session, wanted: Wanted, after: str, allowed: Mapping[str, int], most: int
+    ) -> Swept | None:
+        connection = session.connection(bind_arguments=TO_JOB)
+        if not _is_at_once(connection):
+            return None
+        schema = schema_of(connection)
+        _, plain = _claim_limited(schema, wanted.free_slots, _NEXT_KEYS, _FIRST_OF_KEY, "NULL")
+        rooms = wanted.rooms()
+        of_names = {"names": array_of(allowed)}
+        values = of_names | {
+            "allowed": array_of(allowed.values()),
+            "pools": array_of(rooms),
+            "rooms": array_of(rooms.values()),
+            "queues": array_of(wanted.room),
+            "queue_pools": array_of(map(wanted.pool, wanted.room)),
+            "kinds": array_of(wanted.kinds),
+            "worker_id": wanted.worker_id,
+            "total": wanted.total,
+        }
+        page = of_names | {"after": after, "most": most, "turn": next(iter(wanted.room))}
+        lock = _lock_next(schema), page
         try:
-            # One transaction, also in autocommit; of what fails in a pipeline, nothing behind it is done.
-            with cursor.connection.pipeline():
-                # Not prepared: a plan that was made for few keys would be kept when there are many.
-                cursor.connection.execute(_lock(schema), {"keys": values["keys"]}, prepare=False)
-                cursor.execute(plain, values)
-            rows = in_utc(cursor.fetchall())
-        except BaseException as error:
-            if (
-                cursor.connection.pgconn.pipeline_status
-            ):  # it broke in the midst: nothing else can be sent
-                cursor.connection.close()
-            connection._handle_dbapi_exception(error, plain, values, None, None)
-        return _by_key(wanted, rows)
+            _, [(count, last, *_)], rows = _at_once(
+                connection, (_BRIEFLY, {}), lock, (plain, values)
+            )
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                raise
+            return Swept({}, most, "")
+        return Swept(_by_key(wanted, in_utc(rows)), count, last or "")
 
 
-def _has_pipeline() -> bool:
-    """Tell whether several statements can be sent at once, by a libpq that is not too old."""
+def _at_once(
+    connection: Connection, *statements: tuple[str, dict[str, Any]]
+) -> list[Sequence[Any]]:
+    """Execute them in one round trip and one transaction, also in autocommit; return the rows of each."""
+    cursors = [plain_cursor(connection) for _ in statements]
+    driver = cursors[0].connection
+    try:
+        # Of what fails in a pipeline, nothing behind it is done.
+        with driver.pipeline():
+            driver.execute(_BY_INDEX)
+            for cursor, (statement, values) in zip(cursors, statements, strict=True):
+                cursor.execute(statement, values)
+        return [cursor.fetchall() for cursor in cursors]
+    except BaseException as error:
+        if driver.pgconn.pipeline_status:  # it broke in the midst: nothing else can be sent
+            driver.close()
+        connection._handle_dbapi_exception(error, *statements[-1], None, None)
+
+
+def _is_at_once(connection: Connection) -> bool:
+    """Tell whether several statements can be sent at once: not by a libpq that is too old."""
+    if connection.dialect.is_async or not is_psycopg(connection):
+        return False
     from psycopg import capabilities
 
     return capabilities.has_pipeline()
@@ -243,6 +369,7 @@ def _values(wanted: Wanted, rooms: Mapping[str, int], keys: Sequence[LimitedKey]
         "never_alone": array_of(wanted.never_alone),
         "worker_id": wanted.worker_id,
         "total": wanted.total,
+        "ahead": wanted.ahead,
         "suspects": wanted.suspects,
     }
 

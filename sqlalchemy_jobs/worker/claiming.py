@@ -28,14 +28,12 @@ from sqlalchemy_jobs.worker.limiting import Limiting
 from sqlalchemy_jobs.worker.loops import SHORTEST_PAUSE
 from sqlalchemy_jobs.worker.reconciling import Reconciling
 from sqlalchemy_jobs.worker.settings import Settings
-from sqlalchemy_jobs.worker.slots import Slots
+from sqlalchemy_jobs.worker.slots import NONE, Slots
 from sqlalchemy_jobs.worker.speed import LONGEST_AHEAD, Speed
 from sqlalchemy_jobs.worker.wakeup import Wakeup
 
-MOST_SLOTS = 75
-"""Percent of the slots that are to be free before a claim, where runs are so quick that it need not wait long."""
-LONGEST_GATHERING = 0.1
-"""Seconds for which it waits for them at most: a claim that took long may have waited itself, for a lock or the network."""
+LONGEST_REST = 0.1
+"""Seconds between two claims for a few slots, at most: the first one may have waited itself, for a lock or the network."""
 
 
 @dataclass(slots=True)
@@ -53,8 +51,6 @@ class Step:
     """Whether it claims where the last claims were, without looking."""
     had_marks: bool
     """Whether it does not begin where the lanes do."""
-    ended: int
-    """How many runs had ended before."""
     began_at: float = field(default_factory=time.monotonic)
     claims: list[Claim] = field(default_factory=list)
     """Of jobs that count against no limit."""
@@ -118,8 +114,8 @@ class Claimer:
         self._was_ahead = False
         self._was_full = False
         self._limited_first = False
-        self._gather_until = math.inf
-        """Until when the next claim waits for ``MOST_SLOTS``; infinity: it does not."""
+        self._rests_until = 0.0
+        """Until when it does not claim for a few slots."""
 
     def step(self) -> float:
         worker_id = self._lease.worker_id
@@ -135,7 +131,8 @@ class Claimer:
         self._claim_beside_waiting(worker_id)
         step = self._begin(worker_id)
         if step is None:
-            return min(self._wait_for_slots(), max(self._gather_until - time.monotonic(), 0.0))
+            wait, rest = self._wait_for_slots(), self._rests_until - time.monotonic()
+            return min(wait, rest) if rest > 0 else wait
         self._claim(step)
         if step.guesses and not step.claims:
             return 0.0  # and then it looks
@@ -143,7 +140,7 @@ class Claimer:
         self._start_claimed(step)
         self._remember(step)
         self._claim_what_is_left(step)
-        self._gather(step)
+        self._rest(step)
         return self._wait(step)
 
     def rung(self, queue: str) -> None:
@@ -186,15 +183,14 @@ class Claimer:
     def _begin(self, worker_id: uuid.UUID) -> Step | None:
         """Return what there is room for; None: not enough for a claim."""
         self._slots.wake_at = math.inf  # before looking: what is given up meanwhile wakes this loop
-        may_wait = time.monotonic() < self._ahead_until and not self._limited_wait
+        may_wait = time.monotonic() < self._ahead_until and not self._is_pressing
         ahead = self._speed.ahead() if may_wait else {}
         free, _ = self._slots.room(ahead)
         enough = sum(ahead.values()) // 2
-        most = self._slots.total * MOST_SLOTS // 100
-        if not ahead and free < most and time.monotonic() < self._gather_until < math.inf:
-            self._slots.wake_at = self._slots.total - most
+        half = self._slots.total // 2
+        if not ahead and 0 < free < half and time.monotonic() < self._rests_until:
+            self._slots.wake_at = self._slots.total - half
             return None
-        self._gather_until = math.inf
         if free <= enough:
             if ahead:
                 self._slots.wake_at = self._slots.total + enough
@@ -211,7 +207,6 @@ class Claimer:
             # Woken from its sleep: most likely there is another job like the last ones.
             guesses=self._idling.was_woken() and self._lanes.may_guess,
             had_marks=self._lanes.has_marks,
-            ended=self._slots.all_ended(),
         )
 
     def _wait_for_slots(self) -> float:
@@ -222,8 +217,8 @@ class Claimer:
     def _claim(self, step: Step) -> None:
         """Claim for a share of the slots what counts against limits, and then the others."""
         sees_due = step.guesses or self._clearing.is_on or self._sees_due()
-        if not step.ahead and not step.guesses:
-            step.limited = self._claim_limited(step.worker_id, step.share)
+        if not step.guesses:
+            step.limited = self._claim_limited(step.worker_id, step.share, step.ahead)
         if sees_due:
             work = partial(self._claim_unlimited, step=step)
             step.claims, step.asked = self._reconciling.claim(
@@ -255,39 +250,42 @@ class Claimer:
         self._lanes.mark(step.claims if step.is_full else [], step.began_at)
         if not step.ahead:
             self._lanes.remember(step.claims)
-        if not step.is_full:
+        claims = step.claims + step.limited
+        if not (step.is_full or ((step.limited or step.ahead) and self._limiting.goes_on)):
             self._ahead_until = 0.0
-        elif not step.ahead and not self._limited_wait and all(map(self._might_wait, step.claims)):
+        elif not step.ahead and not self._is_pressing and all(map(self._might_wait, claims)):
             self._ahead_until = time.monotonic() + LONGEST_AHEAD
 
     def _claim_what_is_left(self, step: Step) -> None:
         """Claim what counts against limits for the slots that the others leave; and what must run alone."""
-        if not step.is_full and not step.ahead and step.share < step.free:
-            step.limited += self._claim_limited(step.worker_id, step.free)
+        if not step.is_full and step.share < step.free:
+            step.limited += self._claim_limited(step.worker_id, step.free, step.ahead)
         if not step.claims and not step.limited and self._slots.is_idle():
             step.limited = self._claim_suspect(step.worker_id)
         if self._limited_wait:
             self._slots.wake_at = math.inf
 
-    def _gather(self, step: Step) -> None:
-        """Have the next claim wait for most of the slots, while runs are quicker than claims.
+    def _rest(self, step: Step) -> None:
+        """Have the next claim wait for half of the slots, for as long as this one took.
 
-        Else two claims would take turns, each for the slots that are free while the jobs of the other run: a claim for
-        one job costs a third of one for a hundred.
+        For one job a claim with limits costs as much as the work of a handler. Else it would be made for each slot that is free.
         """
-        ended = self._slots.all_ended() - step.ended
-        if step.limited and ended >= self._slots.total - step.free:
-            now = time.monotonic()
-            self._gather_until = now + min((now - step.began_at) / 2, LONGEST_GATHERING)
+        now = time.monotonic()
+        took = now - step.began_at if step.limited and not step.ahead else 0.0
+        self._rests_until = now + min(took, LONGEST_REST)
 
     def _wait(self, step: Step) -> float:
         """Return how long to wait until the next step."""
         if step.claims or step.had_marks or step.limited:
             self._idling.end()
             took_share = 0 < step.share <= len(step.limited)
-            if step.is_full or step.had_marks or self._limiting.wants_slots or took_share:
+            goes_on = self._limiting.may_claim(ahead=bool(step.ahead))
+            if step.is_full or step.had_marks or took_share or goes_on:
                 return 0.0
             return min(self._idling.shortest, self._limiting.wait)
+        if step.ahead and self._limiting.is_resting:
+            due_in = min(self._poll, self._lanes.due_in, self._limiting.wait)
+            return max(due_in, self._idling.shortest)
         self._tell_if_drained()
         return self._idling.wait(min(self._lanes.due_in, self._limiting.wait))
 
@@ -348,8 +346,7 @@ class Claimer:
     def _unlimited(self, session: Session, step: Step) -> Wanted | None:
         """Return which jobs are wanted that count against no limit; None: none can begin, or wait here."""
         lanes = self._lanes.guess() if step.guesses else self._lanes.known(session)
-        kinds = self._controls.kinds
-        if not kinds:
+        if not self._controls.kinds:
             return None
         queues = {queue for queue, _ in lanes}
         free, rooms = self._slots.room(step.ahead)
@@ -362,13 +359,11 @@ class Claimer:
         if asked <= 0 and not self._limiting.suspects:
             return None
         wanted = replace(
-            self._wanted(step.worker_id, asked),
-            kinds=[kind for kind in kinds if not step.ahead or kind not in self._not_repeated],
+            self._wanted(step.worker_id, asked, ahead=bool(step.ahead)),
             lanes=lanes,
             room={queue: rooms[pool] for queue, pool in pools.items()},
             pools=pools,
             marks=self._lanes.marks,
-            ahead=bool(step.ahead),
         )
         shares = self._shares(session, wanted)
         return replace(wanted, shares=shares) if shares else wanted
@@ -378,24 +373,30 @@ class Claimer:
         return self._reconciling.claim(partial(self._control.statements, work))
 
     def _claim_limited(
-        self, worker_id: uuid.UUID, most: int, *, beside_waiting: bool = False
+        self,
+        worker_id: uuid.UUID,
+        most: int,
+        ahead: Mapping[str, int] = NONE,
+        *,
+        beside_waiting: bool = False,
     ) -> list[Claim]:
-        """Claim and start jobs that count against limits: for free slots only, and none while a suspect is waited for."""
+        """Claim and start jobs that count against limits; none while a suspect is waited for."""
         if most == 0 or self._clearing.is_on:
             return []
         if self._limiting.has_passed_paused and self._must_heed:
             self._control.statements(self._heed)  # it may have been resumed
-        self._limiting.look(is_busy=self._was_full, wanted=most)
-        if not self._limiting.wants_slots and not self._lanes.limited:
+        self._limiting.look(is_busy=self._was_full, wanted=most, ahead=ahead)
+        if not (self._limiting.may_claim(ahead=bool(ahead)) or self._lanes.limited):
             return []
         if self._must_heed:
             self._control.statements(self._heed)
-        wanted = self._wanted(worker_id, most)
-        claims = self._reconciling.claim(
-            partial(self._limiting.claim, wanted, beside_waiting=beside_waiting)
-        )
+        wanted = self._wanted(worker_id, most, ahead=bool(ahead))
+        claim = partial(self._limiting.claim, wanted, ahead)
+        if beside_waiting:
+            claim = partial(self._limiting.claim_beside_waiting, wanted)
+        claims = self._reconciling.claim(claim)
         self._started(claims, first=beside_waiting)
-        queues = self._controls.limited_queues
+        queues = () if ahead else self._controls.limited_queues
         for queue in random.sample(queues, len(queues)):
             if (left := most - len(claims)) > 0:
                 lanes = self._lanes.limited_of(queue)
@@ -423,17 +424,19 @@ class Claimer:
             self._start()
         return claims
 
-    def _wanted(self, worker_id: uuid.UUID, total: int) -> Wanted:
+    def _wanted(self, worker_id: uuid.UUID, total: int, *, ahead: bool = False) -> Wanted:
         """Return what is the same for every claim."""
+        kinds = self._controls.kinds
         return Wanted(
             worker_id,
-            self._controls.kinds,
+            [kind for kind in kinds if kind not in self._not_repeated] if ahead else kinds,
             (),
             {},
             total,
             never_alone=self._not_repeated,
             free_slots=self._free_slots,
             durable=self._control.durable,
+            ahead=ahead,
         )
 
     def _shares(self, session: Session, wanted: Wanted) -> dict[Lane, int]:
@@ -463,6 +466,12 @@ class Claimer:
         """Whether jobs that count against limits may wait for a slot."""
         of_queues = (self._limiting.may_begin(queue) for queue, _ in self._lanes.limited)
         return self._limiting.wants_slots or any(of_queues)
+
+    @property
+    def _is_pressing(self) -> bool:
+        """Whether jobs that count against limits may wait for a slot, and must not wait here."""
+        of_queues = (self._limiting.may_begin(queue) for queue, _ in self._lanes.limited)
+        return self._limiting.is_pressing or any(of_queues)
 
     def _might_wait(self, claim: Claim) -> bool:
         """Tell whether a claim ahead would have brought this job: where others come, there may be more of them."""

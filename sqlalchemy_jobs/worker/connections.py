@@ -15,9 +15,8 @@ from sqlalchemy_jobs.worker import slots
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-CONTROL = 8
-"""Claiming, looking ahead, scheduling, settling, looking out for cancelled jobs, maintenance, a run that asks for its job, a
-KILL (MySQL)."""
+CONTROL = 7
+"""Claiming, scheduling, settling, looking out for cancelled jobs, maintenance, a run that asks for its job, a KILL (MySQL)."""
 LEASE = 1
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from sqlalchemy.orm import Session
 
@@ -20,17 +21,18 @@ from sqlalchemy_jobs.limits import UNLIMITED, Numbers, key_of_queue, name_of
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.worker.control import Control
 from sqlalchemy_jobs.worker.controls import Controls
-from sqlalchemy_jobs.worker.looking import Ahead, Found
-from sqlalchemy_jobs.worker.loops import Loop
 from sqlalchemy_jobs.worker.pools import Pools
-from sqlalchemy_jobs.worker.slots import Slots
+from sqlalchemy_jobs.worker.slots import NONE, Slots
+from sqlalchemy_jobs.worker.turns import KEYS, Turns
 
 LANES = 200
 """How many lanes one look goes through."""
 LOOKS = 5
-"""How many times in a row it looks on when all keys were blocked; then the other jobs have their turn."""
-KEYS = 10
-"""By how many keys one claim goes at least, if there are so many; by more where they bring too few jobs."""
+"""How many times in a row it looks on when no key can have a job claimed; then the other jobs have their turn."""
+MOST_SWEPT = 500
+"""By how many jobs one claim goes, at most, that has not looked."""
+MOST_IN_STEPS = 100
+"""How many jobs one claim brings that takes several round trips: it keeps rows locked meanwhile."""
 SWEEP = 1.0
 """Seconds for which a busy worker may miss a key that is new, or that another worker has made free."""
 LOOKS_SHARE = 20
@@ -43,10 +45,19 @@ PROBE = 60.0
 """Seconds between two looks of a worker whose code has no limits, for jobs that were enqueued when it had."""
 
 
+class _Found(NamedTuple):
+    """What a look has found."""
+
+    lanes: Sequence[LimitedLane]
+    is_held: bool
+    """Whether something that ends elsewhere untold holds up a key."""
+    began_at: float
+
+
 class Limiting:
     """Each key has its turn, one after the other, and one that is blocked does not hold up the others.
 
-    For the claimer's thread; but ``disowned`` is for any. While a round goes on the next lanes are looked for in another one.
+    For the claimer's thread; but ``disowned`` and ``is_awaited`` are for any.
     """
 
     def __init__(
@@ -62,6 +73,9 @@ class Limiting:
         self._control = control
         self._slots = slots
         self._handlers = handlers
+        self._not_repeated = {
+            kind for kind, each in handlers.items() if each.declaration.on_crash == "fail"
+        }
         self._pools = pools
         self._controls = controls
         self._poll = poll
@@ -86,65 +100,69 @@ class Limiting:
         self._newest_at = -math.inf
         self._cursor = ""
         """Behind which key the next look begins; "" for a new round."""
+        self._goes_on = False
         self._is_disturbed = False
         """Whether it was called in the middle of a round: where the round had been something may have come up."""
         self._found_in_round = self._is_held_in_round = False
         """Whether a round has found anything, and whether something that ends elsewhere untold holds up a key."""
         self._due_in_round = math.inf
-        self._open: OrderedDict[tuple[str, str], LimitedKey] = OrderedDict()
-        """By key and queue; the next one to have its turn first."""
-        self._blocked: dict[str, list[LimitedKey]] = {}
+        self._turns = Turns()
         self._at_once = True
         """Whether there is a way to claim in one round trip, as far as is known."""
-        self._of_a_key = 1.0
-        """How many jobs of a key the next claim may expect."""
         self._suspects: dict[str, LimitedKey] = {}
-        self._running: Counter[str] = Counter()
-        """How many jobs of a key were running when it was looked at, with what was claimed since."""
+        self._sweeps = False
+        """Whether the last look found nothing that could not be claimed ahead: most likely there is more of that behind."""
+        self._seen: set[str] = set()
+        """The queues in which the last look has found something."""
         self._queues: set[str] = set()
         """The keys of queues whose rows have been made."""
         self._ours: dict[uuid.UUID, str] = {}
         self._freed: deque[str] = deque()
-        self._freed_since: Counter[str] = Counter()
-        """How many runs of a key have ended since the last look, and so since one ahead was asked for."""
-        self._ahead = Ahead(self._find)
         self._rest_until: dict[str, float] = {}
         """Until when queues that have limits themselves let nothing begin, as far as is known."""
 
     # --- for the claimer ----------------------------------------------------------------------------
 
-    def claim(self, wanted: Wanted, *, beside_waiting: bool = False) -> list[Claim]:
-        """Claim jobs for slots that are free now, perhaps though others wait for them."""
-        if not self._open:
-            return []
-        return self._claim(wanted, self._open, *self._slots.room(beside_waiting=beside_waiting))
+    def claim(self, wanted: Wanted, ahead: Mapping[str, int] = NONE) -> list[Claim]:
+        """Claim jobs for free slots, or so many of each pool ahead of them."""
+        free, rooms = self._slots.room(ahead)
+        wanted = replace(wanted, total=min(wanted.total, free), ahead=bool(ahead))
+        if ahead and self._sweeps and not self._turns:
+            return self._sweep(wanted, rooms)
+        return self._claim(wanted, rooms, pressing=False if ahead else None)
 
-    def look(self, *, is_busy: bool, wanted: int = 1) -> None:
+    def claim_beside_waiting(self, wanted: Wanted) -> list[Claim]:
+        """Claim jobs that are not to wait, for slots that are free now though others wait for them."""
+        free, rooms = self._slots.room(beside_waiting=True)
+        return self._claim(replace(wanted, total=min(wanted.total, free)), rooms, pressing=True)
+
+    def look(self, *, is_busy: bool, wanted: int = 1, ahead: Mapping[str, int] = NONE) -> None:
         """Look which keys may have jobs to claim, if it is time to: a busy worker does so now and then only.
 
-        In the middle of a round also if those that are known have fewer than are wanted: a claim is to be full.
+        In the middle of a round also if those that may be claimed now have fewer than are wanted: a claim is to be full.
         """
-        while self._freed:
-            key = self._freed.popleft()
-            self._rest_until.pop(key, None)
-            self._running[key] -= 1
-            self._freed_since[key] += 1
-            for each in self._blocked.pop(key, ()):
-                self._open[each.key, each.queue] = each
+        self._note_freed()
         now = time.monotonic()
         self._is_disturbed |= bool(self._cursor) and now < self._next_due
         self._rest_until = {key: until for key, until in self._rest_until.items() if until > now}
-        has_enough = self._open and not (self._cursor and self._has_fewer_than(wanted))
-        if now >= self._look_at or not (is_busy or has_enough or self._is_dormant):
-            self._look(now)
+        if now < self._look_at:
+            if ahead and self._sweeps and not self._turns:
+                return
+            has_fewer = self._cursor and self._turns.expected(self._with_room(ahead)) < wanted
+            has_enough = (self._turns and not has_fewer) or (ahead and self._turns.is_resting)
+            if not self._goes_on and (is_busy or has_enough or self._is_dormant):
+                return
+        self._look(now, ahead)
 
     def claim_queue(self, wanted: Wanted, queue: str) -> list[Claim]:
         """Claim jobs of a queue that has limits itself: of its lanes, and of keys in it."""
         key, now = key_of_queue(queue), time.monotonic()
         free, rooms = self._slots.room()
         pool = self._pools.in_turn([queue], rooms).get(queue)
-        known = self._suspects if wanted.suspects else self._open
-        keys = [each for each in known.values() if each.queue == queue][:KEYS]
+        keys = self._turns.of_queue(queue)
+        if wanted.suspects:
+            keys = [each for each in self._suspects.values() if each.queue == queue]
+        keys = keys[:KEYS]
         if pool is None or not self.may_begin(queue) or not (wanted.lanes or keys):
             return []
         if key not in self._queues:
@@ -167,17 +185,24 @@ class Limiting:
             if wanted.suspects:
                 del self._suspects[each.key]
             else:
-                del self._open[each.key, queue]
+                self._turns.take_out(each)
         self._ours.update((claim.job_id, key) for claim in found.claims)
         return found.claims
 
     def claim_suspect(self, wanted: Wanted) -> list[Claim]:
         """Claim a job that must run alone."""
-        plain = [each for each in self._suspects.values() if self._controls.is_plain(each.queue)]
-        for each in plain:
+        free, rooms = self._slots.room()
+        wanted = replace(wanted, total=min(wanted.total, free))
+        wanted = self._of_queues(wanted, rooms, {each.queue for each in self._suspects.values()})
+        keys = [each for each in self._suspects.values() if each.queue in wanted.room][:KEYS]
+        if wanted.total <= 0 or not keys:
+            return []
+        for each in keys:
             del self._suspects[each.key]
-        keys = {(each.key, each.queue): each for each in plain}
-        return self._claim(wanted, keys, *self._slots.room())
+        found = self._claim_of(wanted, [each._replace(most=wanted.total) for each in keys])
+        for key, claims in found.items():
+            self._turns.claimed(key, len(claims))
+        return [claim for of_key in found.values() for claim in of_key]
 
     @property
     def suspects(self) -> list[Lane]:
@@ -186,13 +211,36 @@ class Limiting:
 
     @property
     def wanted_slots(self) -> int:
-        """For how many jobs there is something to claim, at least."""
-        return math.ceil(sum(map(self._expected, self._open.values()))) + len(self._freed)
+        """How many jobs are to have slots at once, at least."""
+        self._note_freed()
+        return self._turns.pressing
 
     @property
     def wants_slots(self) -> bool:
         """Whether there may be jobs to claim as soon as there is a slot."""
-        return bool(self._open or self._freed)
+        self._note_freed()
+        return bool(self._turns)
+
+    @property
+    def is_pressing(self) -> bool:
+        """Whether some of them are not to be claimed ahead of it."""
+        self._note_freed()
+        return self._turns.is_pressing
+
+    def may_claim(self, *, ahead: bool) -> bool:
+        """Tell whether a claim may bring something, for free slots or ahead of them."""
+        self._note_freed()
+        return bool(self._turns) or (self._sweeps if ahead else self._turns.is_resting)
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether more is to be claimed ahead as soon as some of what was has run; then ``wake`` is called."""
+        return self._turns.is_resting
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there may be more to claim."""
+        return bool(self._turns or self._cursor or self._turns.is_resting)
 
     def may_begin(self, queue: str) -> bool:
         """Tell whether the limits of a queue may let a job begin."""
@@ -203,30 +251,39 @@ class Limiting:
         """Seconds until there may be something to claim that nobody tells of."""
         if self._freed:
             return 0.0
-        next_due = self._look_at if self._open else self._next_due
+        has_turns = self._turns or self._turns.is_resting
+        next_due = self._look_at if has_turns else self._next_due
         return max(min(next_due, *self._rest_until.values(), math.inf) - time.monotonic(), 0.0)
 
     def disowned(self, runs: Iterable[Run]) -> None:
         """Take note of runs whose jobs are not running here any more: others of their keys may begin."""
         keys = [key for run in runs if (key := self._ours.pop(run.job_id, None)) is not None]
         self._freed.extend(keys)
-        if any(key in self._blocked or key.startswith(key_of_queue("")) for key in keys):
+        if any(self._turns.waits(key) or key.startswith(key_of_queue("")) for key in keys):
             self._wake()
 
     def is_awaited(self, run: Run) -> bool:
         """Tell whether others wait for the end of a run, since no more may run at once."""
         key = self._ours.get(run.job_id)
-        return key is not None and (key in self._blocked or key in self._rest_until)
-
-    @property
-    def looking(self) -> Loop:
-        """The thread that looks ahead: to be stopped after the claimer's."""
-        return self._ahead.loop
+        return key is not None and (self._turns.is_awaited(key) or key in self._rest_until)
 
     def forget(self) -> None:
         """Look again: what holds for queues and kinds has changed."""
-        self._open.clear()
+        self._turns.forget()
+        self._sweeps = False
         self._cursor, self._look_at = "", -math.inf
+
+    def _with_room(self, ahead: Mapping[str, int]) -> list[str]:
+        """Return the queues of keys that may have jobs claimed now."""
+        queues = self._turns.queues
+        with_room = self._pools.in_turn(queues, self._slots.room(ahead)[1])
+        return [queue for queue in with_room if self.may_begin(queue)]
+
+    def _note_freed(self) -> None:
+        while self._freed:
+            key = self._freed.popleft()
+            self._rest_until.pop(key, None)
+            self._turns.freed(key)
 
     # --- looking ------------------------------------------------------------------------------------
 
@@ -235,31 +292,29 @@ class Limiting:
         """Whether nothing is expected: the code has no limits, and no job is left from when it had."""
         return not self._numbers and not self._has_found
 
-    def _look(self, began_at: float) -> None:
-        goes_on = bool(self._cursor)
+    def _look(self, began_at: float, ahead: Mapping[str, int]) -> None:
+        self._goes_on = False
+        was_in_round = bool(self._cursor)
         for _ in range(LOOKS):
             if not self._cursor:
                 self._found_in_round = self._is_held_in_round = self.has_passed_paused = False
                 self._is_disturbed = False
                 self._due_in_round = math.inf
-                for of_round in (self._blocked, self._suspects, self._running):
-                    of_round.clear()
-            ahead = self._ahead.take(self._cursor)
-            found = self._find(self._cursor) if ahead is None else self._of_now(ahead)
-            self._cursor = found.last
-            self._take_in(found)
+                self._suspects.clear()
+                self._turns.begin_round()
+            self._seen.clear()
+            found = self._control.statements(self._find)
+            all_may_wait = self._take_in(found)
+            self._sweeps = all_may_wait and bool(self._cursor) and self._at_once
             self._has_found = self._found_in_round or (self._has_found and bool(self._cursor))
-            if self._open or not self._cursor:
+            if not self._cursor or self._turns.expected(self._with_room(ahead)):
                 break
-        if (goes_on and not self._cursor) or (self._cursor and began_at >= self._newest_at):
+        if (was_in_round and not self._cursor) or (self._cursor and began_at >= self._newest_at):
             # A key that is new would wait until the round comes to it.
             newest = self._control.statements(self._find_newest)
-            lanes = [each for each in newest.lanes if each.key not in self._blocked]
+            lanes = [each for each in newest.lanes if not self._turns.waits(each.key)]
             self._take_in(newest._replace(lanes=lanes))
             self._newest_at = time.monotonic() + SWEEP / 5
-        self._freed_since.clear()
-        if self._cursor and self._open and not self._control.dialect.one_writer:
-            self._ahead.ask(self._cursor)
         now = time.monotonic()
         took = now - began_at
         self._look_at = now + (PROBE if self._is_dormant else max(SWEEP, LOOKS_SHARE * took))
@@ -270,23 +325,20 @@ class Limiting:
             again = self._poll
         self._next_due = min(self._due_in_round, now + again)
 
-    def _find(self, after: str) -> Found:
-        """Look behind a key; also from the thread that looks ahead."""
+    def _find(self, session: Session) -> _Found:
+        """Look behind the cursor, and move it."""
         began_at, most = time.monotonic(), max(LANES, self._slots.total)
+        lanes = dialects.of(session).limits.lanes(session, self._cursor, most)
+        found = _Found(*self._ours_of(session, lanes), began_at)
+        self._cursor = lanes[-1].key if len(lanes) == most else ""
+        return found
 
-        def lanes(session: Session) -> Found:
-            found = dialects.of(session).limits.lanes(session, after, most)
-            last = found[-1].key if len(found) == most else ""
-            return Found(after, last, *self._ours_of(session, found), began_at)
-
-        return self._control.statements(lanes)
-
-    def _find_newest(self, session: Session) -> Found:
+    def _find_newest(self, session: Session) -> _Found:
         """Look at the jobs that are new."""
         began_at = time.monotonic()
         after = earlier(self._newest, LATE)
         found, self._newest = dialects.of(session).limits.newest(session, after)
-        return Found("", "", *self._ours_of(session, found), began_at)
+        return _Found(*self._ours_of(session, found), began_at)
 
     def _ours_of(
         self, session: Session, found: list[LimitedLane]
@@ -312,30 +364,19 @@ class Limiting:
     def _numbers_of(self, key: str) -> Numbers:
         return self._numbers.get(name_of(key), UNLIMITED)
 
-    def _of_now(self, ahead: Found) -> Found:
-        """Return what was found ahead, less what has ended since. What has come up since is left to another round."""
-        self._is_disturbed = True
-        freed = self._freed_since
-        lanes = [
-            each._replace(running=max(each.running - freed[each.key], 0))
-            if each.key in freed
-            else each
-            for each in ahead.lanes
-        ]
-        return ahead._replace(lanes=lanes)
-
-    def _take_in(self, found: Found) -> None:
+    def _take_in(self, found: _Found) -> bool:
+        """Note what there is; True: all of it may be claimed ahead."""
         self._is_held_in_round |= found.is_held
-        for each in found.lanes:
-            self._sort_in(each, found.began_at)
+        sorted_in = [self._sort_in(each, found.began_at) for each in found.lanes]
+        return all(sorted_in)
 
-    def _sort_in(self, lane: LimitedLane, now: float) -> None:
-        """Note whether there is something to claim in a lane, and else until when there is not."""
+    def _sort_in(self, lane: LimitedLane, now: float) -> bool:
+        """Note whether there is something to claim in a lane, and else until when there is not; True: claimed ahead, perhaps."""
         self._found_in_round = True
         if self._is_paused(lane):
             self.has_passed_paused = True
-            return
-        self._running[lane.key] = lane.running
+            return False
+        self._seen.add(lane.queue)
         numbers = self._numbers_of(lane.key)
         due = lane.due
         if numbers.rate is not None:
@@ -343,19 +384,20 @@ class Limiting:
             due = max(due, min(lane.opens, numbers.rate.window.total_seconds()))
         if due > 0:
             self._due_in_round = min(self._due_in_round, now + due)
-            return
-        key = LimitedKey(lane.key, lane.queue, [lane.priority], numbers, 0, lane.has_more)
-        if lane.crashes >= ALONE_FROM and not self._is_never_alone(lane.kind):
+            return False
+        may_wait = (
+            numbers.only_count
+            and not lane.crashes
+            and lane.kind not in self._not_repeated
+            and self._controls.is_plain(lane.queue)
+        )
+        key = LimitedKey(lane.key, lane.queue, [lane.priority], numbers, 0, lane.has_more, may_wait)
+        if lane.crashes >= ALONE_FROM and lane.kind not in self._not_repeated:
             self._suspects[lane.key] = key
-        if numbers.concurrency is not None and lane.running >= numbers.concurrency:
+        if not self._turns.looked_at(key, lane.running):
             self._is_held_in_round = True
-            self._blocked.setdefault(lane.key, []).append(key)
-        else:
-            if known := self._open.get((lane.key, lane.queue)):
-                priorities = sorted({*known.priorities, lane.priority})
-                has_more = lane.has_more or known.has_more or len(priorities) > 1
-                key = key._replace(priorities=priorities, has_more=has_more)
-            self._open[lane.key, lane.queue] = key
+            return False
+        return may_wait
 
     def _is_paused(self, lane: LimitedLane) -> bool:
         """Tell whether nothing of a lane is to begin; behind a job of a paused kind there may be others of its limit."""
@@ -366,89 +408,95 @@ class Limiting:
             kinds |= self._kinds.get(name_of(lane.key), set())
         return kinds.issubset(self._controls.paused_kinds)
 
-    def _is_never_alone(self, kind: str) -> bool:
-        handler = self._handlers.get(kind)
-        return handler is not None and handler.declaration.on_crash == "fail"
-
     # --- claiming -----------------------------------------------------------------------------------
 
     def _claim(
-        self,
-        wanted: Wanted,
-        keys: dict[tuple[str, str], LimitedKey],
-        free: int,
-        rooms: Mapping[str, int],
+        self, wanted: Wanted, rooms: Mapping[str, int], *, pressing: bool | None
     ) -> list[Claim]:
-        """Claim jobs of the first of these keys, about as many of each; take the keys out, and keep what may have more."""
-        queues = filter(self._controls.is_plain, {queue for _, queue in keys})
-        pools = self._pools.in_turn(queues, rooms)
-        total = min(wanted.total, free)
-        if total <= 0:
-            return []
-        picked: dict[str, LimitedKey] = {}
-        expected = 0.0
-        for where, each in list(keys.items()):
-            if len(picked) >= KEYS and expected >= total:
-                break
-            if each.queue in pools and each.key not in picked:
-                picked[each.key] = keys.pop(where)
-                expected += self._expected(each)
-        if not picked:
-            return []
-        most = -(-total // len(picked))
-        found = self._claim_of(
-            replace(
-                wanted,
-                room={queue: rooms[pool] for queue, pool in pools.items()},
-                pools=pools,
-                total=total,
-            ),
-            [each._replace(most=most) for each in picked.values()],
-        )
-        claims = [claim for of_key in found.values() for claim in of_key]
-        if expected >= total:  # a claim that was full may go by half as many keys the next time
-            self._of_a_key = max(len(claims) / len(picked) * (1 + (len(claims) == total)), 1.0)
-        left = Counter(rooms)
-        left.subtract(pools[claim.queue] for claim in claims)
-        for each in reversed(picked.values()):
-            had_room = len(claims) < total and left[pools[each.queue]] > 0
-            self._put_back(each, found.get(each.key, []), most, had_room)
-        if claims and not self._open and self._cursor:
-            self._look_at = self._next_due = -math.inf  # the round goes on
+        """Claim jobs of the keys whose turn it is, as ``Turns.pick`` finds them.
+
+        Those that bring nothing have lost their turn: then it is that of the next ones.
+        """
+        if pressing is None:
+            self._turns.wake()
+        wanted = self._of_queues(wanted, rooms, self._turns.queues)
+        if not self._at_once:
+            wanted = replace(wanted, total=min(wanted.total, MOST_IN_STEPS))
+        claims: list[Claim] = []
+        while wanted.total > 0 and not claims:
+            keys = self._turns.pick(wanted.total, wanted.room, pressing=pressing)
+            if not keys:
+                return []
+            found = self._claim_of(wanted, keys)
+            claims = [claim for of_key in found.values() for claim in of_key]
+            self._turns.brought(keys, len(claims), wanted.total)
+            left = Counter(rooms)
+            left.subtract(wanted.pools[claim.queue] for claim in claims)
+            for each in reversed(keys):
+                had_room = len(claims) < wanted.total and left[wanted.pools[each.queue]] > 0
+                count = len(found.get(each.key, ()))
+                self._turns.put_back(each, count, had_room=had_room, ahead=wanted.ahead)
+                if not count:  # who knows what holds it up
+                    self._is_held_in_round = True
+                    self._next_due = min(self._next_due, time.monotonic() + self._poll)
+        if claims and not self._turns and self._cursor:
+            self._go_on()
         return claims
 
-    def _claim_of(self, wanted: Wanted, keys: list[LimitedKey]) -> dict[str, list[Claim]]:
-        """Claim jobs of these keys, in one round trip where that can be."""
+    def _go_on(self) -> None:
+        """Have the round go on at once, also where a busy worker would not look."""
+        self._goes_on, self._next_due = True, -math.inf
+
+    def _claim_of(self, wanted: Wanted, keys: Sequence[LimitedKey]) -> dict[str, list[Claim]]:
+        """Claim jobs of these keys, in one round trip where that can be; by key."""
+        found = None
         if self._at_once and all(each.numbers.only_count for each in keys):
             at_once = partial(limited.claim_at_once, wanted=wanted, keys=keys)
-            if (found := self._control.statements(at_once)) is not None:
-                return found
-            self._at_once = False
-        return self._control.transaction(partial(limited.claim, wanted=wanted, keys=keys))
+            found = self._control.statements(at_once)
+            self._at_once = found is not None
+        if found is None:
+            found = self._control.transaction(partial(limited.claim, wanted=wanted, keys=keys))
+        self._own(found)
+        return found
 
-    def _has_fewer_than(self, wanted: int) -> bool:
-        return len(self._open) < wanted and sum(map(self._expected, self._open.values())) < wanted
+    def _sweep(self, wanted: Wanted, rooms: Mapping[str, int]) -> list[Claim]:
+        """Claim of the next keys of the round, without a look at them first.
 
-    def _expected(self, key: LimitedKey) -> float:
-        """Return how many jobs of a key a claim is likely to bring."""
-        if not key.has_more:
-            return 1.0
-        allowed = key.numbers.concurrency
-        return min(
-            self._of_a_key, math.inf if allowed is None else allowed - self._running[key.key]
-        )
+        As long as that brings something of each: else one looks what is left of them, and why.
+        """
+        wanted = self._of_queues(wanted, rooms, self._seen)
+        most = min(wanted.total, MOST_SWEPT)
+        if most <= 0 or not wanted.room:
+            return []
+        allowed = {
+            name: numbers.concurrency
+            for name, numbers in self._numbers.items()
+            if numbers.only_count and numbers.concurrency is not None
+        }
+        next_keys = partial(limited.claim_next, after=self._cursor, allowed=allowed, most=most)
+        swept = self._control.statements(partial(next_keys, wanted=wanted))
+        if swept is None:
+            self._at_once = self._sweeps = False
+            return []
+        self._own(swept.claims)
+        for key, claims in swept.claims.items():
+            self._turns.claimed(key, len(claims))
+        self._sweeps = bool(swept.last) and len(swept.claims) == swept.keys
+        if self._sweeps:
+            self._cursor = swept.last
+            self._is_disturbed = True  # of what it has passed there may be more
+        else:
+            self._go_on()
+        return [claim for of_key in swept.claims.values() for claim in of_key]
 
-    def _put_back(self, key: LimitedKey, claims: list[Claim], most: int, had_room: bool) -> None:
-        """Keep a key of which there may be more to claim: to have its turn after the others, or when a run has ended."""
-        self._running[key.key] += len(claims)
-        if not claims:  # who knows what holds it up
-            self._next_due = min(self._next_due, time.monotonic() + self._poll)
-        allowed = key.numbers.concurrency
-        if allowed is not None:
-            self._ours.update((claim.job_id, key.key) for claim in claims)
-        if allowed is not None and self._running[key.key] >= allowed:
-            self._blocked.setdefault(key.key, []).append(key)
-        elif not had_room if len(claims) < most else most > 1 or key.has_more:
-            self._open[key.key, key.queue] = key
-            if not claims:  # it had no turn
-                self._open.move_to_end((key.key, key.queue), last=False)
+    def _of_queues(
+        self, wanted: Wanted, rooms: Mapping[str, int], queues: Collection[str]
+    ) -> Wanted:
+        """Return what is wanted of those of the queues that have room, and no limits themselves."""
+        pools = self._pools.in_turn(filter(self._controls.is_plain, queues), rooms)
+        room = {queue: rooms[pool] for queue, pool in pools.items()}
+        return replace(wanted, room=room, pools=pools)
+
+    def _own(self, found: Mapping[str, Iterable[Claim]]) -> None:
+        for key, claims in found.items():
+            self._ours.update((claim.job_id, key) for claim in claims)

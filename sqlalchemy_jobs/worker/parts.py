@@ -247,7 +247,6 @@ class Parts:
 
     def close(self) -> None:
         loops = [self._settling, self._looking_out, self._watching, self._leasing, self._timing]
-        loops.append(self._limiting.looking)
         if self._listener is not None and self._listening is not None:
             self._listener.stop()
             loops.append(self._listening)

@@ -262,12 +262,8 @@ class Slots:
         with self._lock:
             return not self._owned and not self._running
 
-    def all_ended(self) -> int:
-        """Return how many handlers have ended or were given up so far."""
-        return sum(self.ended_counts().values())
-
     def ended_counts(self) -> dict[str, int]:
-        """Return the same by pool."""
+        """Return how many handlers have ended or were given up so far, by pool."""
         with self._lock:
             return dict(self._ended)
 

@@ -1,6 +1,5 @@
 """Limits hold over all workers, whatever dies, and a key that is blocked does not hold up the others."""
 
-import json
 import math
 import threading
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -44,18 +42,16 @@ from sqlalchemy_jobs import (
 )
 from sqlalchemy_jobs.claims import Claim, LimitedKey, Wanted
 from sqlalchemy_jobs.columns import server_now
+from sqlalchemy_jobs.dialects.limits import NEWEST
 from sqlalchemy_jobs.errors import ControlError
 from sqlalchemy_jobs.limits import Numbers, Rate
 from sqlalchemy_jobs.models import LimitRow
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.tables import limits
-from sqlalchemy_jobs.worker import claiming, limiting, reconciling, speed
+from sqlalchemy_jobs.worker import limiting, reconciling, speed
 from sqlalchemy_jobs.worker.controls import Controls
-from sqlalchemy_jobs.worker.looking import BELIEVED, Ahead, Found
 from sqlalchemy_jobs.worker.pools import Pools
-from sqlalchemy_jobs.worker.settings import Settings
 from sqlalchemy_jobs.worker.slots import Slots
-from sqlalchemy_jobs.worker.wakeup import Wakeup
 from tests.conformance.test_transitions import BOOM, Bench
 from tests.databases import Database
 from tests.proxy import Proxy, When
@@ -598,13 +594,18 @@ HELD = {
 }
 
 
-def limiting_of(bench: LimitBench, payload: type[Any]) -> limiting.Limiting:
+def limiting_of(
+    bench: LimitBench, payload: type[Any], pools: Pools | None = None, *running: Run
+) -> limiting.Limiting:
     """Return that of a worker with four slots and a poll interval of a second."""
     app: JobApp[Any, Any] = JobApp(sessionmaker())
     Counting(app, payload)
-    controls, pools = Controls(app.handlers), Pools({"default": None})
+    controls, pools = Controls(app.handlers), pools or Pools({"default": None})
     bench.do(controls.read)
     slots = Slots(4, pools, lambda: None)
+    slots.take(running)
+    for _ in running:
+        assert slots.next()
     return limiting.Limiting(bench.control, slots, app.handlers, pools, controls, 1.0, lambda: None)
 
 
@@ -648,6 +649,38 @@ def test_a_new_key_does_not_wait_for_a_round_through_all_those_that_are_blocked(
     assert it.wants_slots
     wanted = Wanted(bench.worker(), ["charge"], (), {}, 4)
     assert len(it.claim(wanted)) == 1
+
+
+def test_keys_of_a_queue_without_room_do_not_hold_up_the_round(
+    bench: LimitBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limiting, "LANES", 5)
+    bench.add_limited(*(Charge(n) for n in range(100, 112)), queue="full")
+    bench.add_limited(Charge(999))
+    worker = bench.worker()
+    run = Run(Claim(uuid.uuid4(), 1, worker, queue="full"))
+    it = limiting_of(bench, Charge, Pools({"full": 1, "default": None}), run)
+    monkeypatch.setattr(it, "_newest_at", math.inf)
+    it.look(is_busy=False, wanted=3)
+    assert len(it.claim(Wanted(worker, ["charge"], (), {}, 3))) == 1
+
+
+def test_keys_that_others_held_are_looked_at_again_after_the_poll_interval(
+    row_locks: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the round ends behind them, with nothing."""
+    monkeypatch.setattr(limiting, "LANES", 5)
+    monkeypatch.setattr(limiting, "ROUND_SHARE", 0)
+    bench = LimitBench(row_locks)
+    bench.add_limited(*(Charge(n) for n in range(5)), *(Plain() for _ in range(NEWEST)))
+    it, worker = limiting_of(bench, Charge), bench.worker()
+    it.look(is_busy=False)
+    with row_locks.sessions()() as session:
+        session.execute(select(limits.c.limit_key).with_for_update()).all()
+        assert it.claim(Wanted(worker, ["charge"], (), {}, 4)) == []
+    it.look(is_busy=False)
+    assert not it.wants_slots and it.wait <= 1
+    bench.control.close()
 
 
 @pytest.mark.parametrize("disturbed", [True, False])
@@ -701,136 +734,6 @@ def test_a_claim_in_the_middle_of_a_round_is_full(
     for _ in range(4):
         it.look(is_busy=False, wanted=3)
         assert len(it.claim(wanted)) == 3
-    it.looking.stop()
-
-
-def test_what_ended_since_it_was_looked_for_is_free(
-    bench: LimitBench, database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next lanes are looked for while those before are claimed; on SQLite, where claims wait for one another, they are not."""
-    monkeypatch.setattr(limiting, "LANES", 4)
-    wanted = Wanted(bench.worker(), ["charge"], (), {}, 4)
-    looked: list[str] = []
-    original = limiting.Limiting._find
-
-    def find(self: limiting.Limiting, after: str) -> Found:
-        found = original(self, after)
-        looked.append(threading.current_thread().name)
-        return found
-
-    monkeypatch.setattr(limiting.Limiting, "_find", find)
-    it = limiting_of(bench, Charge)
-    monkeypatch.setattr(it, "_newest_at", math.inf)
-    bench.add_limited(Charge(6), Charge(6))
-    it.look(is_busy=False)
-    (held,) = it.claim(wanted)
-    bench.add_limited(*(Charge(n) for n in (1, 2, 3, 4, 5, 7)))
-    it.forget()
-    it.look(is_busy=False)
-    until(lambda: len(looked) == 3 or database.name == "sqlite")
-    bench.do(lambda session: transitions.complete(session, held))
-    it.disowned([Run(held)])
-    for accounts in (1, 2, 3, 4), (5, 6, 7):
-        it.look(is_busy=False)
-        claims = it.claim(wanted)
-        assert sorted(json.loads(claim.payload)["account"] for claim in claims) == [*accounts]
-    assert ("sajobs-look" in looked) == (database.name != "sqlite")
-    it.looking.stop()
-
-
-def test_what_was_looked_for_ahead_is_believed_for_a_moment_and_where_the_round_is() -> None:
-    def look(after: str) -> Found:
-        if after == "fails":
-            raise ConnectionError
-        return Found(after, "", [], False, time.monotonic() - 2 * BELIEVED * (after == "late"))
-
-    ahead = Ahead(look)
-    assert ahead.take("b") is None
-    for asked, taken in ("a", "b"), ("fails", "fails"), ("late", "late"):
-        ahead.ask(asked)
-        assert ahead.take(taken) is None
-    ahead.ask("b")
-    found = ahead.take("b")
-    assert found is not None and found.after == "b"
-    assert ahead.take("b") is None
-    ahead.loop.stop()
-
-
-class Claiming:
-    """A worker of eight slots, by the steps of its claimer."""
-
-    def __init__(self, bench: LimitBench, wakeup: Wakeup) -> None:
-        app: JobApp[Any, Any] = JobApp(sessionmaker())
-        Counting(app, Charge)
-        controls, pools = Controls(app.handlers), Pools({})
-        self.slots = slots = Slots(8, pools, lambda: None)
-        self.runs: list[Run] = []
-        self.claimer = claiming.Claimer(
-            bench.control,
-            SimpleNamespace(worker_id=bench.worker()),  # type: ignore[arg-type]
-            slots,
-            app.handlers,
-            Settings(),
-            wakeup,
-            lambda: self.runs.extend(iter(slots.next, None)),
-            lambda runs: None,
-            lambda: None,
-            controls,
-            limiting.Limiting(
-                bench.control, slots, app.handlers, pools, controls, 1.0, lambda: None
-            ),
-        )
-
-    def step(self, ended: int, running: int) -> float:
-        for _ in range(ended):
-            self.slots.ended(self.runs.pop(0))
-        wait = self.claimer.step()
-        assert len(self.runs) == running
-        return wait
-
-
-def test_a_claim_waits_a_moment_for_the_slots_of_quick_jobs(bench: LimitBench) -> None:
-    """As long as all that was running has ended within the last claim, and for most of the slots only."""
-    bench.add_limited(*(Charge(n) for n in range(40)))
-    step = Claiming(bench, Wakeup(1.0, lambda: None)).step
-    step(0, running=8)
-    wait = step(2, running=6)
-    assert 0 < wait < 1
-    time.sleep(wait)
-    step(0, running=8)
-    step(1, running=8)  # seven went on meanwhile
-    for ended in (8, 6):
-        step(ended, running=8)
-
-
-def test_it_waits_no_longer_where_it_is_held_up_meanwhile(bench: LimitBench) -> None:
-    """Other threads have the interpreter, between its decision to wait and its look at the clock."""
-
-    class Held(Wakeup):
-        def claimed(self, *, full: bool) -> None:
-            time.sleep(claiming.LONGEST_GATHERING)
-
-    bench.add_limited(*(Charge(n) for n in range(40)))
-    step = Claiming(bench, Held(1.0, lambda: None)).step
-    step(0, running=8)
-    assert step(2, running=6) == 0
-    step(0, running=8)
-
-
-def test_a_claim_that_was_held_up_itself_does_not_make_the_next_one_wait_as_long(
-    bench: LimitBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench.add_limited(*(Charge(n) for n in range(40)))
-    claim = limiting.Limiting.claim
-
-    def held(*args: Any, **options: Any) -> list[Claim]:
-        time.sleep(4 * claiming.LONGEST_GATHERING)
-        return claim(*args, **options)
-
-    monkeypatch.setattr(limiting.Limiting, "claim", held)
-    step = Claiming(bench, Wakeup(1.0, lambda: None)).step
-    step(0, running=8)
-    assert 0 < step(2, running=6) <= claiming.LONGEST_GATHERING
 
 
 def test_what_a_claim_with_limits_has_claimed_is_given_back_when_it_raises(

@@ -12,6 +12,8 @@ from sqlalchemy.orm import Session
 
 from sqlalchemy_jobs import Job, Limit, dialects, enqueue_many, job, limited, transitions
 from sqlalchemy_jobs.claims import LimitedKey, Wanted
+from sqlalchemy_jobs.dialects import postgresql_limits
+from sqlalchemy_jobs.dialects.postgresql_claims import plain_cursor
 from sqlalchemy_jobs.limits import Numbers
 from sqlalchemy_jobs.worker import leases
 from tests.conformance.test_transitions import Note
@@ -205,6 +207,54 @@ def _fill(session: Session) -> None:
 
 
 @pytest.mark.parametrize("statistics", ["none", "of an empty table", "of this one"])
+@pytest.mark.parametrize("keys", [5, 2000])
+def test_a_claim_with_limits_in_one_round_trip_goes_through_indexes(
+    postgresql: Database, statistics: str, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to the rows of the keys, of which all are a few pages."""
+    plans: list[str] = []
+    at_once = postgresql_limits._at_once
+
+    def explained(connection: Any, *statements: tuple[str, dict[str, Any]]) -> Any:
+        cursor = plain_cursor(connection)
+        cursor.execute(f"SAVEPOINT explained; {postgresql_limits._BY_INDEX}")
+        for sql, values in statements:
+            cursor.execute(f"EXPLAIN {sql}", values)
+            plans.append("\n".join(row[0] for row in cursor.fetchall()))
+            cursor.execute(sql, values)
+        cursor.execute("ROLLBACK TO explained")
+        return at_once(connection, *statements)
+
+    monkeypatch.setattr(postgresql_limits, "_at_once", explained)
+    analyse = text("ANALYZE sajobs_job, sajobs_limit")
+    with Session(postgresql.engine()) as session:
+        _forget(session)
+        if statistics == "of an empty table":
+            session.execute(analyse)
+        enqueue_many(session, [Keyed(f"{n % keys:05}", n) for n in range(4000)])
+        enqueue_many(session, [Keyed("00001", n) for n in range(4000)], delay=timedelta(hours=1))
+        limited.add_keys(session, [f"keyed/{n:05}" for n in range(1000)])
+        worker = leases.register(session, timedelta(minutes=5))
+        session.commit()
+        if statistics == "of this one":
+            session.execute(analyse)
+            session.commit()
+        wanted = Wanted(worker, ["keyed"], (), {"default": 60}, 60, ahead=True)
+        of_keys = [
+            LimitedKey(f"keyed/{n:05}", "default", [0], Numbers(9), 1) for n in range(min(keys, 50))
+        ]
+        assert len(limited.claim_at_once(session, wanted, of_keys) or ()) == len(of_keys)
+        session.rollback()
+        swept = limited.claim_next(session, wanted, "", {"keyed": 9}, 60)
+        assert swept is not None and swept.keys == len(swept.claims) == (1 if keys == 5 else 2)
+    for plan in plans:
+        for scan in ("Seq Scan on sajobs", "Bitmap Index Scan"):
+            assert scan not in plan, plan
+        # What it has found of keys it may sort.
+        assert all("limit_key" in line for line in plan.splitlines() if "Sort Key" in line), plan
+
+
+@pytest.mark.parametrize("statistics", ["none", "of an empty table", "of this one"])
 def test_what_counts_against_limits_is_looked_for_and_claimed_through_its_indexes(
     database: Database, statistics: str
 ) -> None:
@@ -260,6 +310,7 @@ def test_what_counts_against_limits_is_looked_for_and_claimed_through_its_indexe
                     "TEMP B-TREE",
                 ):
                     assert scan not in said, f"{sql}\n{said}"
-                assert "Sort Key" not in said.replace("Sort Key: lane.number", "").replace(
-                    "Sort Key: job.number", ""
-                ), said
+                few = "Sort Key: lane.number", "Sort Key: job.number", "Sort Key: sajobs_limit"
+                for each in few:
+                    said = said.replace(each, "")
+                assert "Sort Key" not in said, said

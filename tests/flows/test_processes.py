@@ -52,7 +52,7 @@ def test_a_process_that_is_killed_is_replaced_and_its_job_runs_again(
     add(row_locks, effects_app.Wait())
     with workers(row_locks, tmp_path, "--processes", "3") as (supervisor,):
         assert len(set(pids(supervisor, 3))) == 3
-        own = 11 if row_locks.name == "postgresql" else 10  # one for the bell
+        own = 10 if row_locks.name == "postgresql" else 9  # one for the bell
         budget = supervisor.wait_for(f"connections: 3 x (30 + {own}) = {3 * (30 + own)} at most")
         assert f" {supervisor.process.pid} connections" in budget  # who said it
         victim = pid_of_run(supervisor.wait_for("SIGN waiting"), row_locks)
