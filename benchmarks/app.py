@@ -74,6 +74,15 @@ class LimitedInsert:
     n: int
 
 
+@job("rated_insert", limit=Limit(rate="1000000/minute", key="key"))
+@dataclass(frozen=True)
+class RatedInsert:
+    """The same, counted by a rate that lets it begin."""
+
+    key: str
+    n: int
+
+
 @job("burn")
 @dataclass(frozen=True)
 class Burn:
@@ -104,7 +113,7 @@ def limited(session: Session, payload: Limited) -> None:
     called()
 
 
-def insert(session: Session, payload: Insert | LimitedInsert) -> None:
+def insert(session: Session, payload: Insert | LimitedInsert | RatedInsert) -> None:
     called()
     session.add(Entry(number=payload.n))
 
@@ -182,6 +191,7 @@ elif URL_OF in os.environ:
     jobs.handler(Limited)(limited)
     jobs.handler(Insert)(insert)
     jobs.handler(LimitedInsert)(insert)
+    jobs.handler(RatedInsert)(insert)
     jobs.handler(Burn)(burn)
     jobs.handler(Nap)(nap)
     jobs.handler(Tick)(tick)
