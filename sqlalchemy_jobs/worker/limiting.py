@@ -432,9 +432,14 @@ class Limiting:
             self._turns.brought(keys, len(claims), wanted.total)
             left = Counter(rooms)
             left.subtract(wanted.pools[claim.queue] for claim in claims)
+            reached = (
+                set() if len(claims) == wanted.total else {pool for pool in left if left[pool] > 0}
+            )
             for each in reversed(keys):
-                had_room = len(claims) < wanted.total and left[wanted.pools[each.queue]] > 0
-                count = len(found.get(each.key, ()))
+                count, pool = len(found.get(each.key, ())), wanted.pools[each.queue]
+                had_room = pool in reached
+                if count:  # who comes before it had its turn
+                    reached.add(pool)
                 self._turns.put_back(each, count, had_room=had_room, ahead=wanted.ahead)
                 if not count:  # who knows what holds it up
                     self._is_held_in_round = True

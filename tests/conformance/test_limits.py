@@ -595,11 +595,12 @@ HELD = {
 
 
 def limiting_of(
-    bench: LimitBench, payload: type[Any], pools: Pools | None = None, *running: Run
+    bench: LimitBench, *payloads: type[Any], pools: Pools | None = None, running: Sequence[Run] = ()
 ) -> limiting.Limiting:
     """Return that of a worker with four slots and a poll interval of a second."""
     app: JobApp[Any, Any] = JobApp(sessionmaker())
-    Counting(app, payload)
+    for payload in payloads:
+        Counting(app, payload)
     controls, pools = Controls(app.handlers), pools or Pools({"default": None})
     bench.do(controls.read)
     slots = Slots(4, pools, lambda: None)
@@ -659,7 +660,7 @@ def test_keys_of_a_queue_without_room_do_not_hold_up_the_round(
     bench.add_limited(Charge(999))
     worker = bench.worker()
     run = Run(Claim(uuid.uuid4(), 1, worker, queue="full"))
-    it = limiting_of(bench, Charge, Pools({"full": 1, "default": None}), run)
+    it = limiting_of(bench, Charge, pools=Pools({"full": 1, "default": None}), running=[run])
     monkeypatch.setattr(it, "_newest_at", math.inf)
     it.look(is_busy=False, wanted=3)
     assert len(it.claim(Wanted(worker, ["charge"], (), {}, 3))) == 1

@@ -466,6 +466,19 @@ def test_keys_that_bring_nothing_lose_their_turn_to_the_next_ones_at_once(
     assert count(database, Job.state == "succeeded") == 120
 
 
+def test_a_key_that_has_nothing_left_loses_its_turn_also_where_claims_are_full(
+    bench: LimitBench,
+) -> None:
+    """Else what is never claimed ahead would keep all others from it, long after it has gone."""
+    bench.add_limited(Call(1), Call(2), *(Mail(n % 3, n) for n in range(60)))
+    it, worker = limiting_of(bench, Mail, Call), bench.worker()
+    it.look(is_busy=False)
+    assert it.is_pressing
+    for _ in range(6):
+        assert len(it.claim(Wanted(worker, ["mail", "call"], (), {}, 2))) == 2
+    assert not it.is_pressing and it.wants_slots
+
+
 def test_what_rests_is_claimed_for_free_slots_all_the_same(bench: LimitBench) -> None:
     bench.add_limited(*(Mail(1, n) for n in range(30)))
     it, worker = limiting_of(bench, Mail), bench.worker()
