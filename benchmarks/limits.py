@@ -93,8 +93,9 @@ def unbound(
     what: str = "no-op jobs",
     free: Callable[[int], object] = Noop,
     bound: Callable[[str, int], object] = Limited,
+    most: int = 10_000,
 ) -> Results:
-    count = options.size(10_000, 300)
+    count = options.size(most, 300)
     payloads: dict[str, Callable[[int], object]] = {
         f"{keys:,} {'key' if keys == 1 else 'keys'}": lambda n, keys=keys: bound(str(n % keys), n)  # type: ignore[misc]
         for keys in (1, 200, 10_000)
@@ -124,7 +125,7 @@ def answer(options: Options) -> Iterator[Results]:
         yield unbound(options, server, MANY_SLOTS)
         work = "jobs that insert an ORM row"
         yield unbound(options, server, SLOTS, "a limit", work, Insert, LimitedInsert)
-        yield unbound(options, server, SLOTS, "a rate", work, Insert, RatedInsert)
+        yield unbound(options, server, SLOTS, "a rate", work, Insert, RatedInsert, 3_000)
 
 
 if __name__ == "__main__":
