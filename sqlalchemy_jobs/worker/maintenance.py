@@ -160,13 +160,15 @@ class Maintenance:
         """Rescue what the dead have left behind; True when there was any: some may be locked."""
         orphaning = self._control.statements(transitions.orphaning_workers)
         for worker_id in orphaning:
+            orphans: dict[uuid.UUID, JobState] = {}
             is_full = True
             while is_full:
-                orphans = self._control.transaction(
+                found = self._control.transaction(
                     lambda session, v=worker_id: transitions.rescue_orphans(session, v)  # type: ignore[misc]
                 )
-                self._tell(f"worker {worker_id} is gone", orphans)
-                is_full = len(orphans) == transitions.RESCUE_BATCH
+                orphans |= found
+                is_full = len(found) == transitions.RESCUE_BATCH
+            self._tell(f"worker {worker_id} is gone", orphans)
         return bool(orphaning)
 
     def _tell(self, what: str, rescued: Mapping[uuid.UUID, JobState]) -> None:
