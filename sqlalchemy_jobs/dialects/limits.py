@@ -40,6 +40,7 @@ NEWEST = 100
 """Among how many jobs one looks for new ones that count against limits."""
 
 MOST_CRASHES = 2**31 - 1
+"""Any number of them."""
 
 _LANE = jobs.c["id", "limit_key", "queue", "priority", "run_at", "kind", "crashes"]
 _TAKE = TAKE.values(started_at=bindparam("began_at", type_=utc_datetime()))

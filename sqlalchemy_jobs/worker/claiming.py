@@ -464,14 +464,16 @@ class Claimer:
     @property
     def _limited_wait(self) -> bool:
         """Whether jobs that count against limits may wait for a slot."""
-        of_queues = (self._limiting.may_begin(queue) for queue, _ in self._lanes.limited)
-        return self._limiting.wants_slots or any(of_queues)
+        return self._limiting.wants_slots or self._limited_queues_wait
 
     @property
     def _is_pressing(self) -> bool:
-        """Whether jobs that count against limits may wait for a slot, and must not wait here."""
-        of_queues = (self._limiting.may_begin(queue) for queue, _ in self._lanes.limited)
-        return self._limiting.is_pressing or any(of_queues)
+        """Whether some of them must not wait here."""
+        return self._limiting.is_pressing or self._limited_queues_wait
+
+    @property
+    def _limited_queues_wait(self) -> bool:
+        return any(self._limiting.may_begin(queue) for queue, _ in self._lanes.limited)
 
     def _might_wait(self, claim: Claim) -> bool:
         """Tell whether a claim ahead would have brought this job: where others come, there may be more of them."""

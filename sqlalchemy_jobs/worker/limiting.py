@@ -86,6 +86,12 @@ class Limiting:
             if each.declaration.limit is not None
             for name in each.declaration.limit_names
         }
+        self._counted = {
+            name: numbers.concurrency
+            for name, numbers in self._numbers.items()
+            if numbers.only_count and numbers.concurrency is not None
+        }
+        """What the limits let run of which nothing else matters, by name."""
         self._kinds: dict[str, set[str]] = {}
         """By the name of a limit: whose jobs count against it."""
         for kind, each in handlers.items():
@@ -101,6 +107,7 @@ class Limiting:
         self._cursor = ""
         """Behind which key the next look begins; "" for a new round."""
         self._goes_on = False
+        """Whether the round is to go on at once."""
         self._is_disturbed = False
         """Whether it was called in the middle of a round: where the round had been something may have come up."""
         self._found_in_round = self._is_held_in_round = False
@@ -473,13 +480,9 @@ class Limiting:
         most = min(wanted.total, MOST_SWEPT)
         if most <= 0 or not wanted.room:
             return []
-        allowed = {
-            name: numbers.concurrency
-            for name, numbers in self._numbers.items()
-            if numbers.only_count and numbers.concurrency is not None
-        }
-        next_keys = partial(limited.claim_next, after=self._cursor, allowed=allowed, most=most)
-        swept = self._control.statements(partial(next_keys, wanted=wanted))
+        swept = self._control.statements(
+            lambda session: limited.claim_next(session, wanted, self._cursor, self._counted, most)
+        )
         if swept is None:
             self._at_once = self._sweeps = False
             return []

@@ -13,6 +13,7 @@ from sqlalchemy_jobs.worker.speed import MOST_AHEAD
 KEYS = 10
 """By how many keys one claim goes at least, if there are so many; by more where they bring too few jobs."""
 MOST_KEYS = 500
+"""By how many at most."""
 LEAST_OF_A_KEY = 0.1
 """A key that had its last job claimed is tried once more, and there may be many such keys."""
 

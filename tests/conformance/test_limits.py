@@ -221,6 +221,36 @@ def test_no_more_jobs_run_at_once_than_their_limits_say(database: Database) -> N
     assert [len(each.ran) for each in (three, charge, plain)] == [30, 35, 30]
 
 
+def hammered(
+    database: Database, claim: Callable[[LimitBench, uuid.UUID], list[Claim]]
+) -> list[uuid.UUID]:
+    """Have four workers claim and complete until there is nothing for long; return what was completed."""
+    done: list[uuid.UUID] = []
+    errors: list[BaseException] = []
+
+    def hammer() -> None:
+        own = LimitBench(database)
+        try:
+            worker = own.worker()
+            nothing = 0
+            while nothing < 20:
+                claims = claim(own, worker)
+                done.extend(own.do(lambda s, c=claims: transitions.complete_many(s, c)))  # type: ignore[misc]
+                nothing = 0 if claims else nothing + 1
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            own.control.close()
+
+    threads = [threading.Thread(target=hammer) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    return done
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_claimers_that_hammer_two_keys_never_exceed_the_limit(
     database: Database, at_once: bool, monkeypatch: pytest.MonkeyPatch
@@ -236,30 +266,13 @@ def test_claimers_that_hammer_two_keys_never_exceed_the_limit(
         .group_by(Job.kind)
     )
     seen: list[int] = []
-    done: list[uuid.UUID] = []
-    errors: list[BaseException] = []
 
-    def hammer() -> None:
-        own = LimitBench(database)
-        try:
-            worker = own.worker()
-            nothing = 0
-            while nothing < 20:
-                claims = own.claim_of(worker, "three", "charge/1", most=4)
-                seen.extend(own.do(lambda session: session.scalars(running).all()))
-                done.extend(own.do(lambda s, c=claims: transitions.complete_many(s, c)))  # type: ignore[misc]
-                nothing = 0 if claims else nothing + 1
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            own.control.close()
+    def claim(own: LimitBench, worker: uuid.UUID) -> list[Claim]:
+        claims = own.claim_of(worker, "three", "charge/1", most=4)
+        seen.extend(own.do(lambda session: session.scalars(running).all()))
+        return claims
 
-    threads = [threading.Thread(target=hammer) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    done = hammered(database, claim)
     assert max(seen) == 3
     assert len(done) == len(set(done)) == 180
     bench.control.close()

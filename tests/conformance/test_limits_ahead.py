@@ -20,7 +20,16 @@ from sqlalchemy_jobs.models import LimitRow
 from sqlalchemy_jobs.runs import Run
 from sqlalchemy_jobs.worker import limiting, speed
 from sqlalchemy_jobs.worker.turns import Turns
-from tests.conformance.test_limits import Call, Charge, LimitBench, Step, add, count, limiting_of
+from tests.conformance.test_limits import (
+    Call,
+    Charge,
+    LimitBench,
+    Step,
+    add,
+    count,
+    hammered,
+    limiting_of,
+)
 from tests.databases import Database
 from tests.waiting import until
 
@@ -356,32 +365,15 @@ def test_workers_that_go_through_the_same_keys_never_exceed_a_limit(postgresql: 
         .group_by(Job.kind, Job.limit_key)
     )
     seen: list[tuple[str, int]] = []
-    done: list[uuid.UUID] = []
-    errors: list[BaseException] = []
 
-    def hammer() -> None:
-        own = LimitBench(postgresql)
-        try:
-            worker = own.worker()
-            nothing = 0
-            while nothing < 20:
-                found = swept(own, worker)
-                claims = [claim for of_key in found.claims.values() for claim in of_key]
-                more = own.claim_of(worker, *(f"charge/{n}" for n in range(30)), numbers=Numbers(1))
-                seen.extend((kind, n) for kind, n in own.do(lambda s: s.execute(running).all()))
-                done.extend(own.do(lambda s, c=claims + more: transitions.complete_many(s, c)))  # type: ignore[misc]
-                nothing = 0 if claims or more else nothing + 1
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            own.control.close()
+    def claim(own: LimitBench, worker: uuid.UUID) -> list[Claim]:
+        found = swept(own, worker)
+        claims = [claim for of_key in found.claims.values() for claim in of_key]
+        claims += own.claim_of(worker, *(f"charge/{n}" for n in range(30)), numbers=Numbers(1))
+        seen.extend((kind, n) for kind, n in own.do(lambda s: s.execute(running).all()))
+        return claims
 
-    threads = [threading.Thread(target=hammer) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    done = hammered(postgresql, claim)
     most: dict[str, int] = {}
     for kind, n in seen:
         most[kind] = max(most.get(kind, 0), n)
